@@ -1,0 +1,190 @@
+"""A pack's training: cross-entropy plus L1 on free weights, epoch by epoch, with exact checkpoints."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from clnp_search.clnp.pack import Features, Pack
+from clnp_search.clnp.seeds import generator
+from clnp_search.clnp.state import read_safetensors
+from clnp_search.records import Epoch
+
+DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How every point of a sweep is trained.
+
+    Args:
+        optimizer: `adam`, `adamw` or `sgd`; a new one for every task.
+        schedule: `constant`, or `cosine` from the learning rate to zero, step by step.
+        precision: Of the matrix products: `float32`; `tf32` (on GPUs that have it, else float32); `bf16`, with
+            parameters, gradients' sums and the optimizer in float32.
+    """
+
+    epochs: int = 12
+    batch_size: int = 256
+    optimizer: str = "adam"
+    schedule: str = "cosine"
+    weight_decay: float = 0.0
+    momentum: float = 0.9
+    precision: str = "float32"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the matrix products."""
+        return DTYPES[self.precision]
+
+
+class Training:
+    """The training of a pack; `epoch` counts the finished epochs.
+
+    Args:
+        pack: The points.
+        learning_rates: One for each point; equal ones stand together.
+        train: The training split.
+        validation: The validation split.
+        seed: Of the data order, which all points share.
+        task: Names the random stream, beside the seed.
+    """
+
+    def __init__(
+        self,
+        pack: Pack,
+        learning_rates: list[float],
+        train: Features,
+        validation: Features,
+        settings: TrainingSettings,
+        seed: int,
+        task: int,
+    ) -> None:
+        self.epoch = 0
+        self.history: list[list[Epoch]] = []
+        self._pack, self._train, self._validation, self._settings = pack, train, validation, settings
+        self._learning_rates = learning_rates
+        self._seed, self._task = seed, task
+        self._steps_per_epoch = math.ceil(len(train) / settings.batch_size)
+        self._optimizer = _optimizer(pack, learning_rates, settings)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs are done."""
+        return self.epoch >= self._settings.epochs
+
+    def run_epoch(self) -> list[Epoch]:
+        """Trains one epoch and gives what was seen at its end, for each point."""
+        order = torch.randperm(len(self._train), generator=generator(self._seed, "order", self._task, self.epoch))
+        losses = torch.zeros(self._pack.num_points, device=self._pack.device)
+        factor = 1.0
+        for step, index in enumerate(order.to(self._pack.device).split(self._settings.batch_size)):
+            factor = self._set_learning_rates(self.epoch * self._steps_per_epoch + step)
+            levels, labels = self._train.batch(index)
+            loss, grad = cross_entropy(self._pack.forward(levels), labels)
+            self._pack.backward(levels, grad)
+            self._optimizer.step()
+            losses += loss
+        accuracies = [correct / len(self._validation) for correct in self._pack.num_correct(self._validation)]
+        rows = zip(self._learning_rates, losses.tolist(), accuracies, strict=True)
+        seen = [Epoch(self.epoch, rate * factor, loss / len(self._train), value) for rate, loss, value in rows]
+        self.epoch += 1
+        self.history.append(seen)
+        return seen
+
+    def to_bytes(self) -> bytes:
+        """A checkpoint from which `restore` goes on to the same bits."""
+        tensors = {f"parameter.{index}": tensor for index, tensor in enumerate(self._pack.parameters)}
+        tensors |= {f"optimizer.{index}.{name}": tensor for index, name, tensor in self._moments()}
+        history = [[asdict(seen) for seen in epoch] for epoch in self.history]
+        return safetensors.torch.save(tensors, {"training": json.dumps({"epoch": self.epoch, "history": history})})
+
+    def restore(self, data: bytes) -> None:
+        """Goes back to where `to_bytes` was called.
+
+        Raises:
+            ValueError: The bytes are no checkpoint of this pack.
+        """
+        try:
+            header, tensors = read_safetensors(data, "training")
+            for index, parameter in enumerate(self._pack.parameters):
+                parameter.copy_(tensors[f"parameter.{index}"])
+            for name, tensor in tensors.items():
+                kind, position, *rest = name.split(".")
+                if kind == "optimizer":
+                    parameter = self._optimized[int(position)]
+                    device = "cpu" if rest[0] == "step" else self._pack.device
+                    self._optimizer.state[parameter][rest[0]] = tensor.to(device)
+            self.history = [[Epoch(**seen) for seen in epoch] for epoch in header["history"]]
+            self.epoch = header["epoch"]
+        except (KeyError, RuntimeError, safetensors.SafetensorError) as error:
+            raise ValueError(f"not a checkpoint of this pack: {error}") from error
+
+    @property
+    def _optimized(self) -> list[Tensor]:
+        return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+
+    def _moments(self) -> Iterator[tuple[int, str, Tensor]]:
+        for index, parameter in enumerate(self._optimized):
+            for name, value in self._optimizer.state[parameter].items():
+                if isinstance(value, Tensor):
+                    yield index, name, value.contiguous()
+
+    def _set_learning_rates(self, step: int) -> float:
+        factor = 1.0
+        if self._settings.schedule == "cosine":
+            factor = 0.5 * (1 + math.cos(math.pi * step / (self._settings.epochs * self._steps_per_epoch)))
+        for group in self._optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+        return factor
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Each point's loss [P], summed over the batch, and the gradient [P, B, C] of its mean over the batch.
+
+    Args:
+        logits: [P, B, C].
+        labels: [B] int64.
+    """
+    # Written out: torch.log_softmax over ten classes is several times slower on a CPU than these elementwise passes.
+    shifted = logits.float() - logits.amax(2, keepdim=True).float()
+    target = labels.expand(len(logits), -1)[..., None]
+    at_target = shifted.gather(2, target)
+    exponential = shifted.exp_()
+    total = exponential.sum(2, keepdim=True)
+    loss = (total.log() - at_target).sum((1, 2))
+    grad = exponential.div_(total)
+    grad.scatter_add_(2, target, torch.full_like(at_target, -1.0))
+    return loss, grad.div_(len(labels)).to(logits.dtype)
+
+
+def _optimizer(pack: Pack, learning_rates: list[float], settings: TrainingSettings) -> torch.optim.Optimizer:
+    """A fused optimizer with one group for each run of equal learning rates."""
+    groups = []
+    for start, stop in _runs(learning_rates):
+        views = []
+        for parameter in pack.parameters:
+            view = parameter[start:stop]
+            view.grad = parameter.grad[start:stop] if parameter.grad is not None else None
+            if view.numel():
+                views.append(view)
+        groups.append({"params": views, "lr": learning_rates[start], "initial_lr": learning_rates[start]})
+    decay = settings.weight_decay
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(groups, momentum=settings.momentum, weight_decay=decay, fused=True)
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[settings.optimizer]
+    return kind(groups, weight_decay=decay, fused=True)
+
+
+def _runs(values: list[float]) -> Iterator[tuple[int, int]]:
+    start = 0
+    for stop in range(1, len(values) + 1):
+        if stop == len(values) or values[stop] != values[start]:
+            yield start, stop
+            start = stop

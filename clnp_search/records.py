@@ -1,0 +1,257 @@
+"""Frozen values that cross folders: points, plans, trained points, curves, selections, task results.
+
+Plain data only: no tensors, no files, no live objects. Everything here can be written as JSON and read back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+PointStatus = Literal["done", "failed"]
+RunStatus = Literal["running", "complete", "depleted", "failed"]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One (alpha, learning rate) of a task's grid.
+
+    Args:
+        index: Position in the grid's order, from 0.
+        alpha: L1 coefficient of each hidden layer, then of the head.
+        learning_rate: Initial step size.
+    """
+
+    index: int
+    alpha: tuple[float, ...]
+    learning_rate: float
+
+    @property
+    def name(self) -> str:
+        """The point's name in files and tables, for example `p003`."""
+        return f"p{self.index:03d}"
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What the bits of a result depend on besides the settings."""
+
+    device: str
+    threads: int
+    precision: str
+    torch: str
+    clnp_search: str
+
+
+@dataclass(frozen=True)
+class TaskPlan:
+    """How a task is searched; decided once, before its first point is trained.
+
+    Args:
+        points: The grid, in order.
+        keys: For each point, the hash of everything that its result depends on.
+        packs: For each pack, the indices of its points.
+    """
+
+    task: int
+    name: str
+    parent_digest: str
+    points: tuple[Point, ...]
+    keys: tuple[str, ...]
+    packs: tuple[tuple[int, ...], ...]
+    environment: Environment
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What was seen at the end of one epoch of one point."""
+
+    epoch: int
+    learning_rate: float
+    train_loss: float
+    val_accuracy: float
+
+
+@dataclass(frozen=True)
+class PointRecord:
+    """A grid point that was trained, or the reason why it could not be.
+
+    Args:
+        val_correct: Validation samples that the unpruned network gets right, of `val_total`.
+        seconds: The point's share of its pack's training time.
+    """
+
+    key: str
+    point: Point
+    status: PointStatus
+    val_correct: int
+    val_total: int
+    epochs: tuple[Epoch, ...] = ()
+    seconds: float = 0.0
+    reason: str = ""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def val_accuracy(self) -> float:
+        """Validation accuracy before pruning, as a fraction."""
+        return self.val_correct / self.val_total if self.val_total else 0.0
+
+
+@dataclass(frozen=True)
+class CurveStep:
+    """One threshold of a scan, evaluated on the whole validation split.
+
+    Args:
+        theta: Threshold of each hidden layer.
+        active: Active units of each hidden layer, earlier tasks' included.
+    """
+
+    theta: tuple[float, ...]
+    val_accuracy: float
+    active: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ScanRecord:
+    """The highest threshold at which a candidate stays inside the margin.
+
+    Args:
+        theta: Threshold of each hidden layer; None if the candidate fails even at zero.
+        active: Active units of each hidden layer after pruning at `theta`, earlier tasks' included.
+        totals: Units of each hidden layer.
+        curve: Accuracy against one threshold for all layers, from the highest theta down.
+        layer_curves: For each hidden layer, accuracy while its threshold alone is raised
+            (only with one theta for each layer).
+    """
+
+    point: int
+    theta: tuple[float, ...] | None
+    val_correct: int
+    val_total: int
+    active: tuple[int, ...]
+    totals: tuple[int, ...]
+    weight_sparsity: float
+    curve: tuple[CurveStep, ...]
+    layer_curves: tuple[tuple[CurveStep, ...], ...] = ()
+    seconds: float = 0.0
+
+    @property
+    def val_accuracy(self) -> float:
+        """Validation accuracy after pruning, as a fraction."""
+        return self.val_correct / self.val_total
+
+    @property
+    def unit_sparsity(self) -> float:
+        """Free units over all hidden units, after pruning."""
+        return 1.0 - sum(self.active) / sum(self.totals)
+
+    @property
+    def scarcest_layer(self) -> float:
+        """The smallest fraction of free units that any hidden layer has left."""
+        return min(1.0 - active / total for active, total in zip(self.active, self.totals, strict=True))
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which point of a task is kept, and why.
+
+    Args:
+        best_val_accuracy: Highest unpruned validation accuracy of all points, as a fraction.
+        min_correct: Validation samples that a model inside the margin gets right, at least.
+        candidates: Points inside the margin before pruning.
+        chosen: The point that is committed.
+        reasons: The choice in sentences.
+    """
+
+    best_val_accuracy: float
+    margin: float
+    min_correct: int
+    candidates: tuple[int, ...]
+    chosen: int
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Units:
+    """Units of one hidden layer after a task: all, active, grown by this task, still free."""
+
+    total: int
+    active: int
+    new: int
+    free: int
+
+
+@dataclass(frozen=True)
+class Selected:
+    """The point that a task committed."""
+
+    point: str
+    alpha: tuple[float, ...]
+    learning_rate: float
+    theta: tuple[float, ...]
+    val_accuracy: float
+    unit_sparsity: float
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """A committed task, as `summary.json` shows it.
+
+    Args:
+        test_accuracies: Test accuracy of tasks 0..index, all evaluated again after this task.
+        digest: SHA-256 of the task's subnetwork.
+        state_digest: SHA-256 of the whole state after the task.
+    """
+
+    index: int
+    name: str
+    best_val_accuracy: float
+    margin: float
+    selected: Selected
+    test_accuracy: float
+    test_accuracies: tuple[float, ...]
+    units: dict[str, Units]
+    points: int
+    digest: str
+    state_digest: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Summary:
+    """`summary.json`: a sequence as far as it has come."""
+
+    schema: int
+    name: str
+    status: RunStatus
+    seed: int
+    average_test_accuracy: float
+    average_forgetting: float
+    max_forgetting: float
+    backward_transfer: float
+    state_digest: str
+    tasks: tuple[TaskResult, ...]
+
+
+def summarise(name: str, status: RunStatus, seed: int, state_digest: str, tasks: tuple[TaskResult, ...]) -> Summary:
+    """A sequence's figures from its tasks' results.
+
+    Forgetting of a task is its best test accuracy at any time minus its last; backward transfer is its last minus
+    the one right after it was learned (Source: Lopez-Paz and Ranzato 2017; Chaudhry et al. 2018).
+    """
+    last = tasks[-1].test_accuracies if tasks else ()
+    history = [[later.test_accuracies[task.index] for later in tasks[task.index :]] for task in tasks[:-1]]
+    forgetting = [max(seen) - seen[-1] for seen in history]
+    transfer = [seen[-1] - seen[0] for seen in history]
+    return Summary(
+        schema=1,
+        name=name,
+        status=status,
+        seed=seed,
+        average_test_accuracy=sum(last) / len(last) if last else 0.0,
+        average_forgetting=sum(forgetting) / len(forgetting) if forgetting else 0.0,
+        max_forgetting=max(forgetting, default=0.0),
+        backward_transfer=sum(transfer) / len(transfer) if transfer else 0.0,
+        state_digest=state_digest,
+        tasks=tasks,
+    )
