@@ -97,32 +97,28 @@ class Grown:
         self._own = candidate._own[1:]
         self._apply = candidate._activation.function
         self._counts: Counts = (0,) * len(candidate.activities)
-        self._sums = [base.clone() for base in self._base]
+        # Only the head's columns exist from the start; those of a hidden layer are written as its units come.
+        self._sums = [torch.empty_like(base) for base in self._base[:-1]] + [self._base[-1].clone()]
 
     def advance(self, counts: Counts) -> Tensor:
         """Logits [S, C] of the model with `counts` free units in each layer; counts never shrink."""
-        below = self._first[:, : counts[0]]
-        old_below, rewritten = self._counts[0], False
-        for index, (sums, base, weight) in enumerate(zip(self._sums, self._base, self._own, strict=True)):
-            head = index == len(self._sums) - 1
-            old, new = (len(weight), len(weight)) if head else (self._counts[index + 1], counts[index + 1])
-            width = below.shape[1]
+        num_classes = len(self._own[-1])
+        before, self._counts = (*self._counts, num_classes), counts
+        after = (*counts, num_classes)
+        below, rewritten = self._first[:, : counts[0]], False
+        for layer, (sums, base, weight) in enumerate(zip(self._sums, self._base, self._own, strict=True), start=1):
+            old, new, old_width, width = before[layer], after[layer], before[layer - 1], after[layer - 1]
             if rewritten:
                 torch.addmm(base[:, :new], below, weight[:new, :width].T, out=sums[:, :new])
             else:
-                if width > old_below and old:
-                    sums[:, :old].addmm_(below[:, old_below:], weight[:old, old_below:width].T)
+                if width > old_width and old:
+                    sums[:, :old].addmm_(below[:, old_width:], weight[:old, old_width:width].T)
                 if new > old:
                     sums[:, old:new] = torch.addmm(base[:, old:new], below, weight[old:new, :width].T)
-            if head:
-                return sums
-            # Units of this layer that existed before have changed as soon as anything below them has.
-            rewritten = rewritten or (width > old_below and old > 0)
-            old_below = old
-            below = self._apply(sums[:, :new])
-            if index == len(self._sums) - 2:
-                self._counts = counts
-        self._counts = counts
+                # Units that were here before have changed if the layer below has gained any.
+                rewritten = width > old_width and old > 0
+            if layer < len(self._sums):
+                below = self._apply(sums[:, :new])
         return self._sums[-1]
 
 
@@ -145,8 +141,10 @@ def highest_passing(candidate: Candidate, path: list[Counts], min_correct: int) 
         evaluated[position] = candidate.num_correct(logits)
         if evaluated[position] >= min_correct:
             return position, evaluated
-        # The samples that are most wrong now will mostly be wrong in the next models too.
-        hardest = _margins(logits, candidate.labels).topk(min(total, 2 * allowed + 64), largest=False).indices
+        # The samples that are most wrong now will mostly be wrong in the next models too: a few more than the margin
+        # allows are enough while most are wrong, and all that may turn near the threshold.
+        num_hardest = allowed + 64 if total - evaluated[position] > 3 * allowed else 2 * allowed + 64
+        hardest = _margins(logits, candidate.labels).topk(min(total, num_hardest), largest=False).indices
         labels = candidate.labels[hardest]
         grown = Grown(candidate, hardest)
         for position in range(position + 1, len(path) + 1):  # noqa: B020

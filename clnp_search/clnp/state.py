@@ -187,7 +187,8 @@ class State:
 
     def to_bytes(self) -> bytes:
         """The state as a safetensors file."""
-        return safetensors.torch.save(self._tensors(), {"state": json.dumps(self._header(), sort_keys=True)})
+        tensors = {name: tensor.clone() for name, tensor in self._tensors().items()}
+        return safetensors.torch.save(tensors, {"state": json.dumps(self._header(), sort_keys=True)})
 
     @classmethod
     def from_bytes(cls, data: bytes) -> State:
@@ -295,6 +296,8 @@ class FreeParameters:
         try:
             tensors = safetensors.torch.load(data)
             depth = sum(name.endswith(".activity") for name in tensors)
+            if not depth:
+                raise KeyError("0.activity")
             weights, biases, activities = (
                 tuple(tensors[f"{index}.{kind}"] for index in range(depth)) for kind in ("weight", "bias", "activity")
             )

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -103,28 +104,46 @@ class Training:
         tensors = {f"parameter.{index}": tensor for index, tensor in enumerate(self._pack.parameters)}
         tensors |= {f"optimizer.{index}.{name}": tensor for index, name, tensor in self._moments()}
         history = [[asdict(seen) for seen in epoch] for epoch in self.history]
-        return safetensors.torch.save(tensors, {"training": json.dumps({"epoch": self.epoch, "history": history})})
+        header = {"of": self._identity, "epoch": self.epoch, "history": history}
+        return safetensors.torch.save(tensors, {"training": json.dumps(header)})
 
     def restore(self, data: bytes) -> None:
         """Goes back to where `to_bytes` was called.
 
         Raises:
-            ValueError: The bytes are no checkpoint of this pack.
+            ValueError: The bytes are no checkpoint of this pack; nothing was changed.
         """
+        parameters, optimized = self._pack.parameters, self._optimized
+        moments: dict[Tensor, dict[str, Tensor]] = {}
         try:
             header, tensors = read_safetensors(data, "training")
-            for index, parameter in enumerate(self._pack.parameters):
-                parameter.copy_(tensors[f"parameter.{index}"])
+            history = [[Epoch(**seen) for seen in epoch] for epoch in header["history"]]
+            if header["of"] != self._identity or header["epoch"] != len(history):
+                raise ValueError("it is of other points or settings")
+            saved = [tensors.pop(f"parameter.{index}") for index in range(len(parameters))]
+            if [tensor.shape for tensor in saved] != [parameter.shape for parameter in parameters]:
+                raise ValueError("its parameters have other shapes")
             for name, tensor in tensors.items():
-                kind, position, *rest = name.split(".")
-                if kind == "optimizer":
-                    parameter = self._optimized[int(position)]
-                    device = "cpu" if rest[0] == "step" else self._pack.device
-                    self._optimizer.state[parameter][rest[0]] = tensor.to(device)
-            self.history = [[Epoch(**seen) for seen in epoch] for epoch in header["history"]]
-            self.epoch = header["epoch"]
-        except (KeyError, RuntimeError, safetensors.SafetensorError) as error:
+                _, position, kind = name.split(".")
+                # A fused optimizer keeps its step count on the device too.
+                moments.setdefault(optimized[int(position)], {})[kind] = tensor.to(self._pack.device)
+        except (KeyError, IndexError, TypeError, ValueError, safetensors.SafetensorError) as error:
             raise ValueError(f"not a checkpoint of this pack: {error}") from error
+        for parameter, tensor in zip(parameters, saved, strict=True):
+            parameter.copy_(tensor)
+        self._optimizer.state.clear()
+        self._optimizer.state.update(moments)
+        self.epoch, self.history = header["epoch"], history
+
+    @property
+    def _identity(self) -> dict[str, Any]:
+        """What tells this pack's checkpoints from others', as JSON gives it back."""
+        return {
+            "learning_rates": self._learning_rates,
+            "settings": asdict(self._settings),
+            "seed": self._seed,
+            "task": self._task,
+        }
 
     @property
     def _optimized(self) -> list[Tensor]:

@@ -1,0 +1,70 @@
+"""Figures and MLflow, drawn and written behind the search's back, in one thread of the driver."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Sequence
+from types import TracebackType
+
+from clnp_search.config import Sweep
+from clnp_search.records import PointRecord, Summary
+from clnp_search.sequence import Listener
+from clnp_search.storage import RunFolder
+
+logger = logging.getLogger(__name__)
+
+
+class Publisher(Listener):
+    """Projects the run folder whenever a task moves on; the end of its context waits for the last projection.
+
+    While the tracking server is unreachable, records wait in the run folder: every later event tries again, and so
+    does a resume.
+    """
+
+    def __init__(self, folder: RunFolder, sweep: Sweep) -> None:
+        self.unavailable = ""
+        self._folder, self._sweep = folder, sweep
+        self._events: queue.SimpleQueue[Summary | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="publisher", daemon=True)
+
+    def __enter__(self) -> Publisher:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None and not issubclass(kind, Exception):
+            return  # an interrupt: what is not written yet, a resume writes
+        self._events.put(self._folder.read_summary())
+        self._events.put(None)
+        self._thread.join()
+
+    def points_finished(self, records: Sequence[PointRecord]) -> None:
+        """Logs the task's points."""
+        self._events.put(self._folder.read_summary())
+
+    def committed(self, summary: Summary, seconds: float) -> None:
+        """Draws and logs the task."""
+        self._events.put(summary)
+
+    def _work(self) -> None:
+        from clnp_search.report.figures import draw_run
+
+        tracker = None
+        if self._sweep.tracking.uri != "none":
+            from clnp_search.tracking.mlflow import MlflowTracker
+
+            tracker = MlflowTracker(self._folder, self._sweep)
+        while (summary := self._events.get()) is not None:
+            try:
+                if summary.tasks:
+                    draw_run(self._folder, summary)
+                if tracker is not None:
+                    tracker.sync()
+                self.unavailable = ""
+            except Exception as error:
+                self.unavailable = f"{type(error).__name__}: {error}"
+                logger.debug("not published", exc_info=True)

@@ -1,0 +1,183 @@
+"""What a person sees: the live view of a run, and tables of what it chose."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from types import TracebackType
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from clnp_search.records import PointRecord, Summary, TaskPlan, TaskResult, Units
+from clnp_search.search.cluster import PackProgress
+from clnp_search.sequence import Listener
+
+
+class LiveView(Listener):
+    """Task, points done, best validation accuracy, capacity of each layer, time: live on a terminal, else in lines.
+
+    Args:
+        units: Units of each hidden layer as the run starts.
+        tasks_done: Tasks that are committed already.
+    """
+
+    def __init__(
+        self, console: Console, num_tasks: int, epochs: int, units: dict[str, Units], tasks_done: int
+    ) -> None:
+        self._console, self._num_tasks, self._epochs, self._units = console, num_tasks, epochs, units
+        self._tasks_done = tasks_done
+        self._plan: TaskPlan | None = None
+        self._finished_points = 0
+        self._share = 0.0
+        self._best = 0.0
+        self._stage = "starting Ray"
+        self._seconds: list[float] = []
+        self._started = self._task_started = time.monotonic()
+        self._live = Live(get_renderable=self._render, console=console, refresh_per_second=4, transient=True)
+
+    def __enter__(self) -> LiveView:
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._live.stop()
+
+    def task_planned(self, plan: TaskPlan, finished_points: int) -> None:
+        """Shows the task."""
+        self._plan, self._finished_points = plan, finished_points
+        self._share, self._best = finished_points / len(plan.points), 0.0
+        self._task_started = time.monotonic()
+        self._stage = "training"
+        note = f", {finished_points} of them finished before" if finished_points else ""
+        self._line(f"{self._title()}: {len(plan.points)} points in {len(plan.packs)} packs{note}")
+
+    def training(self, progress: PackProgress) -> None:
+        """Moves the bar."""
+        assert self._plan is not None
+        points = sum(
+            len(self._plan.packs[pack]) * epochs / self._epochs for pack, epochs in progress.epochs_done.items()
+        )
+        self._share = min(1.0, (self._finished_points + points) / len(self._plan.points))
+        self._best = max(self._best, progress.best_val_accuracy)
+
+    def points_finished(self, records: Sequence[PointRecord]) -> None:
+        """Shows that the threshold scans begin."""
+        self._stage, self._share = "scanning thresholds", 1.0
+        self._best = max(record.val_accuracy for record in records)
+        failed = [record for record in records if record.status == "failed"]
+        for record in failed:
+            self._line(f"{self._title()}: {record.point.name} failed: {record.reason}")
+        self._line(f"{self._title()}: best validation accuracy {self._best:.2%}; scanning thresholds")
+
+    def scanned(self, done: int, total: int) -> None:
+        """Counts the scans."""
+        self._stage = f"scanning thresholds, {done} of {total}"
+
+    def committed(self, summary: Summary, seconds: float) -> None:
+        """Shows what the task chose."""
+        result = summary.tasks[-1]
+        self._seconds.append(seconds)
+        self._units, self._tasks_done = result.units, len(summary.tasks)
+        grown = ", ".join(f"{name} +{units.new} ({units.free} free)" for name, units in result.units.items())
+        line = (
+            f"{self._title()}: {result.selected.point} kept, "
+            f"test accuracy {result.test_accuracy:.2%}; {grown}; {_duration(seconds)}"
+        )
+        if self._console.is_terminal:
+            self._console.print(f"[green]✓[/] {line}", highlight=False)
+        else:
+            self._line(line)
+
+    def _line(self, text: str) -> None:
+        if not self._console.is_terminal:
+            self._console.print(text, highlight=False, soft_wrap=True)
+
+    def _title(self) -> str:
+        assert self._plan is not None
+        return f"task {self._plan.task} of {self._num_tasks} ({self._plan.name})"
+
+    def _remaining(self) -> str:
+        now = time.monotonic()
+        left = self._num_tasks - self._tasks_done
+        if self._seconds:
+            seconds = left * sum(self._seconds) / len(self._seconds) - (now - self._task_started)
+        elif self._share > 0.05 and self._stage == "training":
+            seconds = left * (now - self._task_started) / self._share - (now - self._task_started)
+        else:
+            return "…"
+        return _duration(max(0.0, seconds))
+
+    def _render(self) -> RenderableType:
+        elapsed = _duration(time.monotonic() - self._started)
+        if self._plan is None:
+            return Text(f"{self._stage} … {elapsed}")
+        head = Table.grid(padding=(0, 2))
+        points = len(self._plan.points)
+        done = self._finished_points if self._share < 1 else points
+        head.add_row(
+            Text(self._title(), style="bold"),
+            self._stage,
+            f"points {max(done, int(self._share * points))}/{points}",
+            f"best val {self._best:.2%}" if self._best else "",
+            f"elapsed {elapsed}",
+            f"remaining {self._remaining()}",
+        )
+        bars = Table.grid(padding=(0, 2))
+        bars.add_row("grid", ProgressBar(total=1.0, completed=self._share, width=40), f"{self._share:.0%}")
+        for name, units in self._units.items():
+            bar = ProgressBar(total=units.total, completed=units.active, width=40, complete_style="cyan")
+            bars.add_row(name, bar, f"{units.active} of {units.total} units used, {units.free} free")
+        return Group(head, bars)
+
+
+def summary_table(summary: Summary) -> Table:
+    """What every task chose and what it costs."""
+    table = Table(title=f"{summary.name}: {summary.status}", title_justify="left", header_style="bold")
+    for column in ("task", "alpha", "learning rate", "theta", "validation", "after pruning", "test", "test now"):
+        table.add_column(column, justify="left" if column in {"task", "alpha", "theta"} else "right")
+    table.add_column("units grown (free)")
+    last = summary.tasks[-1].test_accuracies if summary.tasks else ()
+    for result in summary.tasks:
+        chosen = result.selected
+        table.add_row(
+            f"{result.index} {result.name}",
+            _compact(chosen.alpha),
+            f"{chosen.learning_rate:g}",
+            _compact(chosen.theta),
+            f"{result.best_val_accuracy:.2%}",
+            f"{chosen.val_accuracy:.2%}",
+            f"{result.test_accuracy:.2%}",
+            f"{last[result.index]:.2%}",
+            _units(result),
+        )
+    return table
+
+
+def summary_line(summary: Summary) -> str:
+    """The sequence in one line."""
+    return (
+        f"average test accuracy {summary.average_test_accuracy:.2%}, "
+        f"forgetting {summary.max_forgetting:.2%} (largest over tasks), state {summary.state_digest[:12]}"
+    )
+
+
+def _units(result: TaskResult) -> str:
+    return "  ".join(f"{name} +{units.new} ({units.free})" for name, units in result.units.items())
+
+
+def _compact(values: Sequence[float]) -> str:
+    distinct = dict.fromkeys(f"{value:.3g}" for value in values)
+    return next(iter(distinct)) if len(distinct) == 1 else " ".join(f"{value:.3g}" for value in values)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

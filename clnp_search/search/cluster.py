@@ -1,0 +1,247 @@
+"""Ray: where packs are trained (as Tune trials) and candidates are scanned (as tasks)."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Before ray is imported: no usage data, no second `uv run` around every worker, no progress printing of its own, one
+# working folder for all trials, and an interrupt that reaches the driver instead of only pausing Tune.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
+# Idle workers, which have imported torch, stay for the next task's scans instead of ending after a second.
+os.environ.setdefault("RAY_num_workers_soft_limit", str(2 * (os.cpu_count() or 1)))
+
+import ray
+from ray import tune
+
+from clnp_search.config import ResourcesConfig
+from clnp_search.errors import InputError
+from clnp_search.records import Point, ScanRecord
+from clnp_search.search.trial import TaskInputs, run_pack, scan_point
+from clnp_search.storage import RunFolder
+
+logger = logging.getLogger(__name__)
+
+# Of a slot's memory, what a trial may plan with.
+MEMORY_SHARE = 0.8
+# Of a machine's memory, what Ray offers to trials; the rest is its object store and the system.
+LOCAL_SHARE = 0.6
+
+
+@dataclass(frozen=True)
+class PackProgress:
+    """How far the packs in flight have come, as Tune's results say.
+
+    Args:
+        epochs_done: For each pack that has reported, its finished epochs.
+        best_val_accuracy: Of all epochs so far.
+    """
+
+    epochs_done: dict[int, int]
+    best_val_accuracy: float
+
+
+class _Watcher(tune.Callback):
+    """Hands Tune's results on; runs in the driver."""
+
+    def __init__(self, listen: Callable[[PackProgress], None]) -> None:
+        self._listen = listen
+        self._epochs: dict[int, int] = {}
+        self._best = 0.0
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        if "epochs_done" in result:
+            self._epochs[trial.config["pack"]] = result["epochs_done"]
+            self._best = max(self._best, result["best_val_accuracy"])
+            self._listen(PackProgress(dict(self._epochs), self._best))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune pickles callbacks with its experiment; the listener is of this process only
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What trials can be given.
+
+    Args:
+        num_slots: Trials that run at the same time.
+        slot_bytes: Memory that one of them may plan with.
+    """
+
+    cpus: float
+    gpus: float
+    num_slots: int
+    slot_bytes: int
+
+
+def local_capacity(resources: ResourcesConfig) -> Capacity:
+    """What this machine has, as a local cluster would offer it; GPUs are counted without touching them.
+
+    Raises:
+        InputError: It cannot hold one trial.
+    """
+    cpus = len(os.sched_getaffinity(0))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = len(list(Path("/dev").glob("nvidia[0-9]*"))) if visible is None else len(visible.split(",")) * bool(visible)
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return _capacity(resources, [_Node(cpus, gpus, int(total * LOCAL_SHARE))])
+
+
+@dataclass(frozen=True)
+class _Node:
+    cpus: float
+    gpus: float
+    memory: int
+
+
+def _capacity(resources: ResourcesConfig, nodes: Sequence[_Node]) -> Capacity:
+    for label, asked, present in (
+        ("cpu", resources.cpu, max((node.cpus for node in nodes), default=0)),
+        ("gpu", resources.gpu, max((node.gpus for node in nodes), default=0)),
+    ):
+        if asked > present:
+            raise InputError(
+                f"resources.{label}: {asked:g} for each trial is more than any node has; allowed here: {present:g} or less"
+            )
+    num_slots, slot_bytes = 0, 0
+    for node in nodes:
+        slots = int(node.cpus // resources.cpu)
+        if resources.gpu:
+            shared = int(node.gpus // resources.gpu) if resources.gpu >= 1 else int(node.gpus) * int(1 / resources.gpu)
+            slots = min(slots, shared)
+        if slots:
+            num_slots += slots
+            room = int(node.memory / slots * MEMORY_SHARE)
+            slot_bytes = min(slot_bytes, room) if slot_bytes else room
+    if not num_slots:
+        raise InputError(f"resources: no node has {resources.cpu} CPUs and {resources.gpu:g} GPUs together")
+    return Capacity(sum(node.cpus for node in nodes), sum(node.gpus for node in nodes), num_slots, slot_bytes)
+
+
+class Cluster:
+    """A connection to Ray, with the resources that every trial is given."""
+
+    def __init__(self, resources: ResourcesConfig) -> None:
+        self.resources = resources
+        offers = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        nodes = [_Node(offer.get("CPU", 0), offer.get("GPU", 0), int(offer.get("memory", 0))) for offer in offers]
+        self.capacity = _capacity(resources, nodes)
+
+    @property
+    def device(self) -> str:
+        """Where trials compute."""
+        return "cuda" if self.resources.gpu else "cpu"
+
+    def slot_bytes(self) -> int:
+        """Memory that one trial may plan with, on the device where it computes."""
+        if not self.resources.gpu:
+            return self.capacity.slot_bytes
+        whole = ray.get(_gpu_bytes.options(num_gpus=self.resources.gpu).remote())
+        return int(whole * min(1.0, self.resources.gpu) * MEMORY_SHARE)
+
+    def train(
+        self,
+        inputs: TaskInputs,
+        packs: Sequence[int],
+        max_failures: int,
+        listen: Callable[[PackProgress], None],
+    ) -> dict[int, str]:
+        """Trains packs of a task as Tune trials, each of which writes its points to the run folder.
+
+        Returns:
+            For each pack that failed for good, the reason.
+        """
+        plan = inputs.plan
+        path, filesystem = RunFolder(inputs.run).ray_folder
+        trainable = tune.with_parameters(_train_trial, inputs=inputs)
+        bundle = {"CPU": self.resources.cpu} | ({"GPU": self.resources.gpu} if self.resources.gpu else {})
+        tuner = tune.Tuner(
+            tune.with_resources(trainable, tune.PlacementGroupFactory([bundle])),
+            param_space={"pack": tune.grid_search(list(packs))},
+            tune_config=tune.TuneConfig(reuse_actors=True),
+            run_config=tune.RunConfig(
+                # Tune mixes trials of equal experiment names, so each attempt has its own.
+                name=f"task-{plan.task:03d}-{time.time_ns():x}",
+                storage_path=path,
+                storage_filesystem=filesystem,
+                failure_config=tune.FailureConfig(max_failures=max_failures),
+                callbacks=[_Watcher(listen)],
+                verbose=0,
+            ),
+        )
+        grid = tuner.fit()
+        failed = {}
+        for result in grid:
+            if result.error is not None:
+                failed[result.config["pack"]] = str(result.error).strip().splitlines()[-1]
+        return failed
+
+    def scan(
+        self, inputs: TaskInputs, points: Sequence[Point], min_correct: int, rule: str
+    ) -> Iterator[ScanRecord]:
+        """Scans candidates in parallel; gives each record as it is done."""
+        shared = ray.put(inputs)
+        remote = _scan_task.options(num_cpus=self.resources.cpu, num_gpus=self.resources.gpu or None)
+        waiting = [remote.remote(shared, point, min_correct, rule) for point in points]
+        while waiting:
+            done, waiting = ray.wait(waiting)
+            yield ray.get(done[0])
+
+
+@contextmanager
+def connect(address: str, resources: ResourcesConfig) -> Iterator[Cluster]:
+    """A Ray cluster for the length of a run.
+
+    Args:
+        address: `local` starts one in this machine; `auto` finds one; `HOST:PORT` or `ray://...` names one.
+
+    Raises:
+        InputError: There is none, or no node of it can hold a trial.
+    """
+    if address == "local" and resources.cpu > (os.cpu_count() or 1):
+        raise InputError(f"resources.cpu: {resources.cpu} is more than this machine has; at most {os.cpu_count()}")
+    try:
+        ray.init(
+            address=address,
+            include_dashboard=False if address == "local" else None,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+            configure_logging=True,
+        )
+    except ConnectionError as error:
+        raise InputError(f"--address {address}: no Ray cluster can be reached: {error}") from error
+    try:
+        yield Cluster(resources)
+    finally:
+        ray.shutdown()
+
+
+def _train_trial(config: dict[str, Any], inputs: TaskInputs) -> None:
+    plan = inputs.plan
+    run_pack(inputs, [plan.points[index] for index in plan.packs[config["pack"]]], tune.report)
+
+
+@ray.remote(max_retries=2)
+def _scan_task(inputs: TaskInputs, point: Point, min_correct: int, rule: str) -> ScanRecord:
+    return scan_point(inputs, point, min_correct, rule)
+
+
+@ray.remote
+def _gpu_bytes() -> int:
+    import torch
+
+    return torch.cuda.get_device_properties(0).total_memory
+

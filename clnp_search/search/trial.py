@@ -1,0 +1,168 @@
+"""What runs inside a Ray worker: the training of a pack, and the threshold scan of a candidate."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from clnp_search.clnp.pack import Pack
+from clnp_search.clnp.scan import Candidate, scan
+from clnp_search.clnp.state import State
+from clnp_search.clnp.training import Training, TrainingSettings
+from clnp_search.records import Point, PointRecord, ScanRecord, TaskPlan
+from clnp_search.search.points import pack_name
+from clnp_search.storage import RunFolder
+from clnp_search.tasks import RawData, Split, Task, TaskData
+
+CHECKPOINT_EVERY_S = 20.0
+REPORT_EVERY_S = 0.5
+
+Report = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class TaskInputs:
+    """All that the trials and scans of a task read; travels once, through Ray's object store."""
+
+    run: str
+    plan: TaskPlan
+    raw: RawData
+    task: Task
+    validation: int
+    scaling: str
+    state: State
+    settings: TrainingSettings
+    seed: int
+
+    def data(self) -> TaskData:
+        """The task's samples."""
+        return self.task.data(self.raw, self.validation, self.scaling, self.seed)
+
+
+def run_pack(inputs: TaskInputs, points: Sequence[Point], report: Report) -> None:
+    """Gives every point of a pack its record: trained, or failed with the reason.
+
+    Raises:
+        OSError: The run folder cannot be read or written; worth another try, as is the death of this process.
+    """
+    try:
+        train_pack(inputs, points, report)
+    except OSError:
+        raise
+    except Exception as error:
+        folder, plan = RunFolder(inputs.run), inputs.plan
+        for point in points:
+            if folder.read_point(plan.task, point.name) is None:
+                reason = f"{type(error).__name__}: {error}"
+                folder.write_point(
+                    plan.task, PointRecord(plan.keys[point.index], point, "failed", 0, 0, reason=reason), None
+                )
+        report({"epochs_done": 0, "best_val_accuracy": 0.0})
+
+
+def train_pack(inputs: TaskInputs, points: Sequence[Point], report: Report, notes: tuple[str, ...] = ()) -> None:
+    """Trains a pack's points and writes each one's record and parameters to the run folder.
+
+    Goes on from the pack's checkpoint if there is one; points that are recorded already are not written again. If
+    the device runs out of memory the pack is trained in two halves, and the records say so.
+    """
+    try:
+        _train(inputs, points, report, notes)
+    except (MemoryError, RuntimeError) as error:
+        if len(points) == 1 or not _out_of_memory(error):
+            raise
+        note = f"a pack of {len(points)} points ran out of memory and was split"
+    else:
+        return
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    middle = len(points) // 2
+    for half in (points[:middle], points[middle:]):
+        train_pack(inputs, half, report, (*notes, note))
+
+
+def _train(inputs: TaskInputs, points: Sequence[Point], report: Report, notes: tuple[str, ...]) -> None:
+    device = _prepare(inputs.plan, inputs.settings)
+    folder, task = RunFolder(inputs.run), inputs.plan.task
+    missing = [point for point in points if folder.read_point(task, point.name) is None]
+    if not missing:
+        return
+    name = pack_name([inputs.plan.keys[point.index] for point in points])
+    checkpoint = folder.read_checkpoint(task, name)
+    if len(missing) < len(points) and checkpoint is None:
+        points, notes = missing, (*notes, f"packed apart from {len(points) - len(missing)} points that were finished")
+    started = time.perf_counter()
+    data = inputs.data()
+    alphas, rates = [point.alpha for point in points], [point.learning_rate for point in points]
+    pack = Pack(inputs.state, data.info.num_classes, alphas, inputs.seed, device, inputs.settings.dtype)
+
+    def features(split: Split) -> Any:
+        return pack.features(data.info.transform(split.inputs.to(device)), split.labels)
+
+    train, validation = features(data.train), features(data.validation)
+    training = Training(pack, rates, train, validation, inputs.settings, inputs.seed, task)
+    if checkpoint is not None:
+        try:
+            training.restore(checkpoint)
+        except ValueError:
+            folder.delete_checkpoint(task, name)
+            return _train(inputs, points, report, (*notes, "its checkpoint was damaged: trained from the start"))
+    saved = reported = time.perf_counter()
+    while not training.finished:
+        seen = training.run_epoch()
+        now = time.perf_counter()
+        if training.finished or now - saved > CHECKPOINT_EVERY_S:
+            folder.write_checkpoint(task, name, training.to_bytes())
+            saved = time.perf_counter()
+        if now - reported > REPORT_EVERY_S:
+            report({"epochs_done": training.epoch, "best_val_accuracy": max(each.val_accuracy for each in seen)})
+            reported = time.perf_counter()
+    activities, correct, finite = pack.activities(train), pack.num_correct(validation), pack.finite()
+    seconds = (time.perf_counter() - started) / len(points)
+    for position, point in enumerate(points):
+        if point in missing:
+            record = PointRecord(
+                key=inputs.plan.keys[point.index],
+                point=point,
+                status="done" if finite[position] else "failed",
+                val_correct=correct[position] if finite[position] else 0,
+                val_total=len(validation),
+                epochs=tuple(epoch[position] for epoch in training.history),
+                seconds=seconds,
+                reason="" if finite[position] else "diverged: a parameter is not finite",
+                notes=notes,
+            )
+            folder.write_point(task, record, pack.point(position, activities) if finite[position] else None)
+    folder.delete_checkpoint(task, name)
+    done = [each.val_accuracy for each in training.history[-1]]
+    report({"epochs_done": training.epoch, "best_val_accuracy": max(done)})
+
+
+def scan_point(inputs: TaskInputs, point: Point, min_correct: int, rule: str) -> ScanRecord:
+    """The threshold scan of a finished point."""
+    device = _prepare(inputs.plan, inputs.settings)
+    data = inputs.data()
+    trained = RunFolder(inputs.run).read_trained(inputs.plan.task, point.name)
+    values = data.info.transform(data.validation.inputs.to(device))
+    candidate = Candidate(inputs.state, trained, values, data.validation.labels.to(device))
+    return scan(candidate, point.index, min_correct, rule)
+
+
+def _prepare(plan: TaskPlan, settings: TrainingSettings) -> torch.device:
+    """Sets up this process, which may have trained another pack before, as the plan says."""
+    torch.set_num_threads(plan.environment.threads)
+    torch.set_flush_denormal(True)
+    torch.set_float32_matmul_precision("high" if settings.precision == "tf32" else "highest")
+    torch.manual_seed(0)
+    return torch.device(plan.environment.device)
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    message = str(error)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in message

@@ -1,0 +1,83 @@
+"""Margin and choice: which points are candidates, and which one is kept. Pure functions of records."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from clnp_search.records import PointRecord, ScanRecord, Selection
+
+SPARSITY: dict[str, Callable[[ScanRecord], float]] = {
+    "units": lambda scan: scan.unit_sparsity,
+    "weights": lambda scan: scan.weight_sparsity,
+    "scarcest_layer": lambda scan: scan.scarcest_layer,
+}
+
+
+def min_correct(best_correct: int, total: int, margin: float) -> int:
+    """The fewest right validation samples inside the margin.
+
+    Counted in samples, so that a model at exactly best - margin is inside, whatever floating point makes of it.
+    """
+    return best_correct - math.floor(margin * total + 1e-9)
+
+
+def candidates(records: Sequence[PointRecord], margin: float) -> tuple[int, list[PointRecord]]:
+    """The margin's limit in right samples, and the points inside it before pruning, in point order.
+
+    Raises:
+        RuntimeError: No point was trained successfully.
+    """
+    done = [record for record in records if record.status == "done"]
+    if not done:
+        reasons = "; ".join(sorted({record.reason for record in records}))
+        raise RuntimeError(f"every grid point of this task failed: {reasons}")
+    best = max(done, key=lambda record: record.val_correct)
+    limit = min_correct(best.val_correct, best.val_total, margin)
+    return limit, [record for record in done if record.val_correct >= limit]
+
+
+def choose(
+    records: Sequence[PointRecord], scans: Sequence[ScanRecord], margin: float, sparsity: str = "units"
+) -> Selection:
+    """The candidate with the highest sparsity.
+
+    Ties go to the higher pruned validation accuracy, then the smaller alpha, the smaller learning rate, point order.
+
+    Args:
+        records: All points of the task.
+        scans: One for each candidate.
+        sparsity: A key of `SPARSITY`.
+
+    Raises:
+        RuntimeError: No candidate stays inside the margin even at theta = 0.
+    """
+    limit, inside = candidates(records, margin)
+    points = {record.point.index: record.point for record in records}
+    passing = [scan for scan in scans if scan.theta is not None]
+    best = max(record.val_accuracy for record in inside)
+    if not passing:
+        raise RuntimeError(
+            f"no candidate keeps {limit} of {inside[0].val_total} validation samples right at theta = 0; "
+            "a larger forgetting.margin would admit one"
+        )
+    measure = SPARSITY[sparsity]
+
+    def rank(scan: ScanRecord) -> tuple[float, ...]:
+        point = points[scan.point]
+        return (-measure(scan), -scan.val_correct, sum(point.alpha), point.learning_rate, point.index)
+
+    ranked = sorted(passing, key=rank)
+    chosen = ranked[0]
+    total = inside[0].val_total
+    reasons = [
+        f"Best unpruned validation accuracy: {best:.4%}; with margin {margin:.4%}, models with at least {limit} of "
+        f"{total} samples right are inside.",
+        f"{len(inside)} of {len(records)} points are inside before pruning; {len(passing)} stay inside after it.",
+        f"{points[chosen.point].name} has the highest sparsity ({sparsity}): {measure(chosen):.4f} at "
+        f"{chosen.val_accuracy:.4%}.",
+    ]
+    if len(ranked) > 1:
+        second = ranked[1]
+        reasons.append(f"Next: {points[second.point].name} with {measure(second):.4f} at {second.val_accuracy:.4%}.")
+    return Selection(best, margin, limit, tuple(record.point.index for record in inside), chosen.point, tuple(reasons))

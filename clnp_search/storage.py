@@ -1,0 +1,307 @@
+"""The run folder, local or remote; the one place that knows file names.
+
+The run folder is the truth: Ray's experiment folders and MLflow are projections of it. Every file appears whole or
+not at all, and is written once, but for `summary.json`, `mlflow.json` and pack checkpoints, which are replaced.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+import uuid
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pyarrow.fs
+from pydantic import TypeAdapter, ValidationError
+
+from clnp_search.clnp.state import FreeParameters, State
+from clnp_search.errors import InputError
+from clnp_search.records import (
+    CurveStep,
+    PointRecord,
+    ScanRecord,
+    Selection,
+    Summary,
+    TaskPlan,
+    TaskResult,
+)
+
+T = TypeVar("T")
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
+
+
+class RunFolder:
+    """A run's files.
+
+    Args:
+        uri: A path, or a URI that pyarrow knows (`s3://bucket/runs/name`).
+    """
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri if "://" in uri else str(Path(uri).absolute())
+        try:
+            self._filesystem, self._root = pyarrow.fs.FileSystem.from_uri(self.uri)
+        except Exception as error:  # pyarrow raises many kinds for addresses that it does not know
+            raise InputError(f"storage {uri}: {error}") from error
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return self._root.rstrip("/").rsplit("/", 1)[-1]
+
+    @property
+    def local_path(self) -> Path | None:
+        """The folder on this machine, or None if it is remote."""
+        return Path(self._root) if isinstance(self._filesystem, pyarrow.fs.LocalFileSystem) else None
+
+    @property
+    def ray_folder(self) -> tuple[str, pyarrow.fs.FileSystem]:
+        """Where Ray Tune keeps its experiments."""
+        return f"{self._root}/ray", self._filesystem
+
+    # Files as bytes
+
+    def exists(self, path: str = "") -> bool:
+        """Whether a file or folder is there."""
+        return self._filesystem.get_file_info(self._at(path)).type != pyarrow.fs.FileType.NotFound
+
+    def read(self, path: str) -> bytes:
+        """A file's bytes.
+
+        Raises:
+            FileNotFoundError: It is not there.
+        """
+        with self._filesystem.open_input_file(self._at(path)) as stream:
+            return stream.read()
+
+    def write(self, path: str, data: bytes) -> None:
+        """Puts a file in place, whole; an existing one is replaced."""
+        target = self._at(path)
+        if self.local_path is None:  # object stores put whole objects
+            with self._filesystem.open_output_stream(target) as stream:
+                stream.write(data)
+            return
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        temporary = f"{target}.{uuid.uuid4().hex}.tmp"
+        try:
+            with open(temporary, "wb") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(temporary, target)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+    def delete(self, path: str) -> None:
+        """Removes a file if it is there."""
+        if self.exists(path):
+            self._filesystem.delete_file(self._at(path))
+
+    # The run
+
+    def write_sweep(self, text: str) -> None:
+        """Records the resolved sweep, as YAML."""
+        self.write("sweep.yaml", text.encode())
+
+    def read_sweep(self) -> str:
+        """The run's resolved sweep, as YAML.
+
+        Raises:
+            InputError: This is no run folder.
+        """
+        try:
+            return self.read("sweep.yaml").decode()
+        except FileNotFoundError:
+            raise InputError(f"{self.uri}: no run folder (it has no sweep.yaml)") from None
+
+    def write_summary(self, summary: Summary) -> None:
+        """Rewrites `summary.json`."""
+        self.write("summary.json", _to_json(summary))
+
+    def read_summary(self) -> Summary | None:
+        """The run's summary, or None before the first task began."""
+        return self._read_record("summary.json", Summary)
+
+    def read_tracking(self) -> dict[str, Any]:
+        """What was written to MLflow so far."""
+        return json.loads(self.read("mlflow.json")) if self.exists("mlflow.json") else {}
+
+    def write_tracking(self, entries: dict[str, Any]) -> None:
+        """Records what was written to MLflow."""
+        self.write("mlflow.json", json.dumps(entries, indent=1, sort_keys=True).encode())
+
+    # A task
+
+    def write_plan(self, plan: TaskPlan) -> None:
+        """Records how a task is searched."""
+        self.write(f"{_task(plan.task)}/plan.json", _to_json(plan))
+
+    def read_plan(self, task: int) -> TaskPlan | None:
+        """How a task is searched, or None before that was decided."""
+        return self._read_record(f"{_task(task)}/plan.json", TaskPlan)
+
+    def write_checkpoint(self, task: int, pack: str, data: bytes) -> None:
+        """Replaces a pack's checkpoint."""
+        self.write(f"{_task(task)}/packs/{pack}.safetensors", data)
+
+    def read_checkpoint(self, task: int, pack: str) -> bytes | None:
+        """A pack's last checkpoint, or None."""
+        try:
+            return self.read(f"{_task(task)}/packs/{pack}.safetensors")
+        except FileNotFoundError:
+            return None
+
+    def delete_checkpoint(self, task: int, pack: str) -> None:
+        """Removes a pack's checkpoint."""
+        self.delete(f"{_task(task)}/packs/{pack}.safetensors")
+
+    def write_point(self, task: int, record: PointRecord, trained: FreeParameters | None) -> None:
+        """Records a finished point. Its record is written last, so that where it stands the parameters are whole."""
+        path = f"{_task(task)}/points/{record.point.name}"
+        if trained is not None:
+            self.write(f"{path}.safetensors", trained.to_bytes())
+        self.write(f"{path}.json", _to_json(record))
+
+    def read_point(self, task: int, name: str) -> PointRecord | None:
+        """A finished point, or None."""
+        return self._read_record(f"{_task(task)}/points/{name}.json", PointRecord)
+
+    def read_trained(self, task: int, name: str) -> FreeParameters:
+        """A finished point's parameters."""
+        path = f"{_task(task)}/points/{name}.safetensors"
+        try:
+            return FreeParameters.from_bytes(self.read(path))
+        except ValueError as error:
+            raise RuntimeError(f"{self.uri}/{path}: {error}") from error
+
+    def write_scan(self, task: int, record: ScanRecord, fingerprint: str) -> None:
+        """Records a threshold scan; `fingerprint` names the rule that it followed."""
+        self.write(f"{_task(task)}/scans/{record.point:03d}-{fingerprint}.json", _to_json(record))
+
+    def read_scan(self, task: int, point: int, fingerprint: str) -> ScanRecord | None:
+        """A threshold scan that followed the rule `fingerprint`, or None."""
+        return self._read_record(f"{_task(task)}/scans/{point:03d}-{fingerprint}.json", ScanRecord)
+
+    def write_selection(self, task: int, selection: Selection) -> None:
+        """Records a task's choice with its reasons."""
+        self.write(f"{_task(task)}/selection.json", _to_json(selection))
+
+    def read_selection(self, task: int) -> Selection | None:
+        """A task's choice, or None."""
+        return self._read_record(f"{_task(task)}/selection.json", Selection)
+
+    def write_points_table(self, task: int, rows: list[dict[str, Any]]) -> None:
+        """Writes `points.csv`, one row a grid point, from which a reader can redo the choice by hand."""
+        self.write(f"{_task(task)}/points.csv", _to_csv(rows))
+
+    def write_curve(
+        self, task: int, name: str, curve: Sequence[CurveStep], layers: Sequence[str], layer: int = 0
+    ) -> None:
+        """Writes `curves/NAME.csv`: accuracy and active units of each layer against the theta of `layer`."""
+        rows = [
+            {"theta": step.theta[layer], "val_accuracy": step.val_accuracy} | dict(zip(layers, step.active, strict=True))
+            for step in curve
+        ]
+        self.write(f"{_task(task)}/curves/{name}.csv", _to_csv(rows))
+
+    def write_figure(self, name: str, data: bytes) -> None:
+        """Records a figure of the run."""
+        self.write(f"figures/{name}", data)
+
+    def write_state(self, task: int, state: State) -> None:
+        """Records the state after a task."""
+        self.write(f"{_task(task)}/state.safetensors", state.to_bytes())
+
+    def read_state(self, task: int) -> State:
+        """The state after a task.
+
+        Raises:
+            InputError: The task is not committed.
+            ValueError: The file is damaged.
+        """
+        path = f"{_task(task)}/state.safetensors"
+        try:
+            data = self.read(path)
+        except FileNotFoundError:
+            raise InputError(f"{self.uri}: task {task} is not committed") from None
+        try:
+            return State.from_bytes(data)
+        except ValueError as error:
+            raise ValueError(f"{self.uri}/{path}: {error}") from error
+
+    def write_result(self, result: TaskResult) -> None:
+        """Records a committed task; written last of all its files."""
+        self.write(f"{_task(result.index)}/result.json", _to_json(result))
+
+    def read_results(self) -> tuple[TaskResult, ...]:
+        """All committed tasks, in order."""
+        results: list[TaskResult] = []
+        while (result := self._read_record(f"{_task(len(results))}/result.json", TaskResult)) is not None:
+            results.append(result)
+        return tuple(results)
+
+    def _at(self, path: str) -> str:
+        return f"{self._root}/{path}" if path else self._root
+
+    def _read_record(self, path: str, kind: type[T]) -> T | None:
+        try:
+            data = self.read(path)
+        except FileNotFoundError:
+            return None
+        try:
+            return TypeAdapter(kind).validate_json(data)
+        except ValidationError as error:
+            raise RuntimeError(f"{self.uri}/{path}: damaged, or written by another version: {error}") from error
+
+
+def open_run(run: str, storage: str = "runs/") -> RunFolder:
+    """The folder of a run that exists, by path, URI, or name under the storage.
+
+    Raises:
+        InputError: There is none.
+    """
+    for uri in (run, join_uri(storage, run)):
+        if "://" in uri or "/" in uri or Path(uri).exists():
+            folder = RunFolder(uri)
+            if folder.exists("sweep.yaml"):
+                return folder
+    raise InputError(f"{run}: no run of that name under {storage}, and no run folder")
+
+
+def run_folder(storage: str, name: str) -> RunFolder:
+    """The folder of a run that may not exist yet.
+
+    Raises:
+        InputError: The name has characters that could lead out of the storage.
+    """
+    if not re.fullmatch(NAME_PATTERN, name):
+        raise InputError(f"name {name!r}: allowed are letters, digits, '.', '_' and '-', starting with one of the first two")
+    return RunFolder(join_uri(storage, name))
+
+
+def join_uri(storage: str, name: str) -> str:
+    """`name` under a path or URI."""
+    return f"{storage.rstrip('/')}/{name}"
+
+
+def _task(task: int) -> str:
+    return f"tasks/{task:03d}"
+
+
+def _to_json(record: Any) -> bytes:
+    return (json.dumps(asdict(record), indent=1) + "\n").encode()
+
+
+def _to_csv(rows: list[dict[str, Any]]) -> bytes:
+    stream = io.StringIO(newline="")
+    writer = csv.DictWriter(stream, list(rows[0]) if rows else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return stream.getvalue().encode()

@@ -1,0 +1,86 @@
+"""Data sets as plain arrays. Nothing is loaded or downloaded before it is asked for."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from clnp_search.errors import InputError
+
+DIGITS_TEST_SAMPLES = 400
+
+
+@dataclass(frozen=True)
+class RawData:
+    """A data set as it is stored: samples [N, ...] in raw pixel values and labels [N] int64.
+
+    Args:
+        scale: The largest raw pixel value.
+    """
+
+    train_inputs: NDArray[np.uint8]
+    train_labels: NDArray[np.int64]
+    test_inputs: NDArray[np.uint8]
+    test_labels: NDArray[np.int64]
+    num_classes: int
+    scale: float
+
+    @property
+    def mean_and_std(self) -> tuple[float, float]:
+        """Mean and standard deviation over all values of all training samples."""
+        counts = np.bincount(self.train_inputs.reshape(-1), minlength=256).astype(np.float64)
+        values = np.arange(len(counts))
+        mean = float(counts @ values / counts.sum())
+        return mean, float(np.sqrt(counts @ (values - mean) ** 2 / counts.sum()))
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all samples and labels."""
+        sha = hashlib.sha256()
+        for array in (self.train_inputs, self.train_labels, self.test_inputs, self.test_labels):
+            sha.update(str(array.shape).encode() + np.ascontiguousarray(array).tobytes())
+        return sha.hexdigest()
+
+
+def load_digits(root: Path) -> RawData:
+    """The 1,797 handwritten digits (8 x 8, values 0 to 16) that ship inside scikit-learn; `root` is not used.
+
+    The last 400 are the test split, by a seeded shuffle that is part of this definition.
+    """
+    from sklearn.datasets import load_digits as load
+
+    bunch = load()
+    order = np.random.default_rng(0).permutation(len(bunch.target))
+    inputs = bunch.images.astype(np.uint8)[order]
+    labels = bunch.target.astype(np.int64)[order]
+    cut = len(labels) - DIGITS_TEST_SAMPLES
+    return RawData(inputs[:cut], labels[:cut], inputs[cut:], labels[cut:], num_classes=10, scale=16.0)
+
+
+def load_mnist(root: Path) -> RawData:
+    """MNIST (28 x 28, values 0 to 255), read from `root/MNIST/raw` or downloaded to it, by torchvision.
+
+    Raises:
+        InputError: It is not there and cannot be downloaded, or torchvision does not fit the installed torch.
+    """
+    try:
+        from torchvision.datasets import MNIST
+    except Exception as error:  # a torchvision built for another torch fails in many ways
+        raise InputError(
+            f"torchvision cannot be imported: {error}\n"
+            "Its build does not fit the installed torch; install both in one step, for example `uv sync`."
+        ) from error
+    try:
+        train, test = (MNIST(str(root), train=train, download=True) for train in (True, False))
+    except Exception as error:  # torchvision and urllib raise many kinds
+        raise InputError(
+            f"scenario.root: MNIST is not under {root} and could not be downloaded: {error}\n"
+            f"Put its four IDX files into {root / 'MNIST' / 'raw'}, or set scenario.root to a folder that has MNIST/raw."
+        ) from error
+    return RawData(
+        train.data.numpy(), train.targets.numpy(), test.data.numpy(), test.targets.numpy(), num_classes=10, scale=255.0
+    )

@@ -1,0 +1,129 @@
+"""Hand-made objects that several tests start from: states, trained points, data, sweeps and records."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clnp_search.clnp.pack import Pack
+from clnp_search.clnp.state import Architecture, FreeParameters, InputTransform, State, TaskInfo, commit
+from clnp_search.clnp.training import Training, TrainingSettings
+from clnp_search.config import Sweep, parse_sweep
+from clnp_search.records import Point, PointRecord, ScanRecord
+
+# Every head that a network can have: its kind and its bias rule.
+HEADS = [("multi", "frozen"), ("single", "frozen"), ("single", "per_task"), ("single", "none")]
+
+
+def make_info(name: str = "task", num_classes: int = 2, in_features: int = 3, permuted: bool = False) -> TaskInfo:
+    """A task whose inputs are its raw values, reversed if permuted."""
+    permutation = torch.arange(in_features).flip(0) if permuted else None
+    return TaskInfo(name, num_classes, (in_features,), InputTransform(0.0, 1.0, permutation))
+
+
+def make_trained(state: State, num_classes: int = 2, seed: int = 0, exact: bool = False) -> FreeParameters:
+    """Random parameters for a new task on `state`; activities are below 1, one of each layer above 0.9.
+
+    Args:
+        exact: Small multiples of 1/4, which sum without rounding in any order, and activities with ties and zeros.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(*shape: int) -> Tensor:
+        if exact:
+            return torch.randint(-4, 5, shape, generator=generator) / 4
+        return torch.randn(shape, generator=generator)
+
+    architecture, task = state.architecture, state.num_tasks
+    free = [len(layer.free) for layer in state.layers]
+    frozen = [len(layer.active(task)) for layer in state.layers]
+    inputs = [architecture.in_features, *(a + f for a, f in zip(frozen, free, strict=True))]
+    head_inputs = free[-1] if architecture.head == "single" else inputs[-1]
+    activities = [torch.rand(units, generator=generator, dtype=torch.float64) for units in free]
+    for activity in activities:
+        if exact:
+            activity.copy_((4 * activity).floor() / 4)
+        if len(activity):  # so that each task grows a unit in each layer
+            activity[activity.argmax()] = 1.0 - activity.max() / 16
+    head_bias = None if architecture.head == "single" and architecture.head_bias == "none" else drawn(num_classes)
+    if architecture.head == "single" and architecture.head_bias == "frozen" and task:
+        head_bias = state.heads[0].bias
+    return FreeParameters(
+        weights=tuple(drawn(units, width) for units, width in zip(free, inputs, strict=False)),
+        biases=tuple(drawn(units) for units in free),
+        head_weight=drawn(num_classes, head_inputs),
+        head_bias=head_bias,
+        activities=tuple(activities),
+    )
+
+
+def make_state(
+    architecture: Architecture, num_tasks: int, theta: float = 0.6, num_classes: int = 2, exact: bool = False
+) -> State:
+    """A state with committed tasks of random parameters; about 40% of the free units join at each, at least one."""
+    state = State.empty(architecture)
+    for task in range(num_tasks):
+        info = make_info(f"task-{task}", num_classes, architecture.in_features, permuted=task == 1)
+        trained = make_trained(state, num_classes, seed=task, exact=exact)
+        state = commit(state, info, trained, (theta,) * len(architecture.hidden))
+    return state
+
+
+def make_samples(num: int, in_features: int = 3, num_classes: int = 2, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Inputs [N, in_features] around one centre for each class, and labels [N]."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(num_classes, (num,), generator=generator)
+    centres = 1.5 * torch.randn(num_classes, in_features, generator=torch.Generator().manual_seed(1000))
+    return centres[labels] + torch.randn(num, in_features, generator=generator), labels
+
+
+def make_training(
+    state: State,
+    alphas: list[tuple[float, ...]],
+    rates: list[float],
+    settings: TrainingSettings,
+    device: torch.device | str = "cpu",
+    cache_bytes: int = 4 << 30,
+    num_classes: int = 2,
+) -> tuple[Pack, Training]:
+    """A pack and its training on 50 random samples, 20 of them for validation."""
+    pack = Pack(state, num_classes, alphas, 0, device, settings.dtype)
+    inputs, labels = make_samples(50, state.architecture.in_features, num_classes, seed=state.num_tasks)
+    train = pack.features(inputs[:30], labels[:30], cache_bytes)
+    validation = pack.features(inputs[30:], labels[30:], cache_bytes)
+    return pack, Training(pack, rates, train, validation, settings, 0, state.num_tasks)
+
+
+def run_all(training: Training) -> None:
+    """Trains to the last epoch."""
+    while not training.finished:
+        training.run_epoch()
+
+
+def make_sweep(**sections: Any) -> Sweep:
+    """A small sweep of two permuted tasks; `sections` replace whole entries of the file."""
+    raw: dict[str, Any] = {
+        "scenario": {"name": "permuted_digits", "tasks": 2},
+        "network": {"hidden": [4, 4]},
+        "search": {"alpha": [0.0, 0.001], "learning_rate": [0.01, 0.02]},
+    }
+    return parse_sweep(raw | sections, "test")
+
+
+def make_point(index: int = 0, alpha: float = 1e-5, learning_rate: float = 1e-3) -> Point:
+    """A grid point of a network with one hidden layer."""
+    return Point(index, (alpha, alpha), learning_rate)
+
+
+def make_record(index: int, correct: int, total: int = 10000, **fields: Any) -> PointRecord:
+    """A trained point that gets `correct` of `total` validation samples right before pruning."""
+    point = fields.pop("point", make_point(index))
+    return PointRecord(f"key-{index}", point, fields.pop("status", "done"), correct, total, **fields)
+
+
+def make_scan(index: int, correct: int, active: tuple[int, ...] = (2, 2), **fields: Any) -> ScanRecord:
+    """A scan that ended at `active` of (4, 4) units with `correct` of 10000 validation samples right."""
+    values: dict[str, Any] = {"theta": (0.5, 0.5), "totals": (4, 4), "weight_sparsity": 0.5, "curve": ()}
+    return ScanRecord(index, val_correct=correct, val_total=10000, active=active, **(values | fields))
