@@ -63,6 +63,19 @@ class TaskPlan:
 
 
 @dataclass(frozen=True)
+class PackProgress:
+    """How far the packs in flight have come, as Tune's results say.
+
+    Args:
+        epochs_done: For each pack that has reported, its finished epochs.
+        best_val_accuracy: Of all epochs so far.
+    """
+
+    epochs_done: dict[int, int]
+    best_val_accuracy: float
+
+
+@dataclass(frozen=True)
 class Epoch:
     """What was seen at the end of one epoch of one point."""
 

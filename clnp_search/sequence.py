@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -19,6 +20,7 @@ from clnp_search.config import Sweep
 from clnp_search.errors import InputError
 from clnp_search.records import (
     Environment,
+    PackProgress,
     Point,
     PointRecord,
     RunStatus,
@@ -31,7 +33,6 @@ from clnp_search.records import (
     Units,
     summarise,
 )
-from clnp_search.search.cluster import Cluster, PackProgress
 from clnp_search.search.points import (
     MemoryEstimate,
     auto_points_per_trial,
@@ -43,6 +44,9 @@ from clnp_search.search.points import (
 from clnp_search.search.trial import TaskInputs
 from clnp_search.storage import RunFolder
 from clnp_search.tasks import SCENARIOS, Split, Task, TaskData
+
+if TYPE_CHECKING:
+    from clnp_search.search.cluster import Cluster
 
 logger = logging.getLogger(__name__)
 
@@ -232,7 +236,8 @@ class Runner:
         if index == 0 or self._sweep.search.tasks == "every":
             return None
         first, choice = self._folder.read_plan(0), self._folder.read_selection(0)
-        assert first is not None and choice is not None, "task 0 is committed"
+        assert first is not None, "task 0 is committed"
+        assert choice is not None, "task 0 is committed"
         return first.points[choice.chosen]
 
     def _train(self, inputs: TaskInputs) -> list[PointRecord]:
@@ -242,7 +247,9 @@ class Runner:
         for listener in self._listeners:
             listener.task_planned(plan, len(recorded))
         missing = [index for index, pack in enumerate(plan.packs) if not recorded.issuperset(pack)]
-        failed = self._cluster.train(inputs, missing, self._sweep.search.max_failures, self._training) if missing else {}
+        failed = (
+            self._cluster.train(inputs, missing, self._sweep.search.max_failures, self._training) if missing else {}
+        )
         for index, pack in enumerate(plan.packs):
             for point in (plan.points[position] for position in pack):
                 if folder.read_point(plan.task, point.name) is None:

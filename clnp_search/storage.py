@@ -206,14 +206,31 @@ class RunFolder:
     ) -> None:
         """Writes `curves/NAME.csv`: accuracy and active units of each layer against the theta of `layer`."""
         rows = [
-            {"theta": step.theta[layer], "val_accuracy": step.val_accuracy} | dict(zip(layers, step.active, strict=True))
+            {"theta": step.theta[layer], "val_accuracy": step.val_accuracy}
+            | dict(zip(layers, step.active, strict=True))
             for step in curve
         ]
         self.write(f"{_task(task)}/curves/{name}.csv", _to_csv(rows))
 
-    def write_figure(self, name: str, data: bytes) -> None:
-        """Records a figure of the run."""
-        self.write(f"figures/{name}", data)
+    def write_figure(self, name: str, data: bytes, task: int | None = None) -> None:
+        """Records a figure of the run, or of one task."""
+        self.write(f"{_figures(task)}/{name}", data)
+
+    def figures(self, task: int | None = None) -> tuple[str, ...]:
+        """Paths of the recorded figures of the run, or of one task."""
+        return self._list(_figures(task))
+
+    def artifacts(self, task: int | None = None) -> dict[str, str]:
+        """The files that a reader elsewhere wants to see, of the run or of one task: name for the reader to path."""
+        if task is None:
+            paths = ["sweep.yaml", "summary.json", *self.figures()]
+            if results := self.read_results():
+                paths.append(f"{_task(results[-1].index)}/state.safetensors")
+        else:
+            own = [f"{_task(task)}/points.csv", f"{_task(task)}/selection.json"]
+            paths = [*own, *self._list(f"{_task(task)}/curves"), *self.figures(task)]
+        shown = {re.sub(r"^tasks/\d+/", "", path): path for path in paths}
+        return {name: path for name, path in shown.items() if self.exists(path)}
 
     def write_state(self, task: int, state: State) -> None:
         """Records the state after a task."""
@@ -250,6 +267,12 @@ class RunFolder:
     def _at(self, path: str) -> str:
         return f"{self._root}/{path}" if path else self._root
 
+    def _list(self, path: str) -> tuple[str, ...]:
+        """Paths of the files in a folder, sorted; none if the folder is not there."""
+        infos = self._filesystem.get_file_info(pyarrow.fs.FileSelector(self._at(path), allow_not_found=True))
+        names = (info.base_name for info in infos if info.is_file and not info.base_name.endswith(".tmp"))
+        return tuple(f"{path}/{name}" for name in sorted(names))
+
     def _read_record(self, path: str, kind: type[T]) -> T | None:
         try:
             data = self.read(path)
@@ -282,7 +305,9 @@ def run_folder(storage: str, name: str) -> RunFolder:
         InputError: The name has characters that could lead out of the storage.
     """
     if not re.fullmatch(NAME_PATTERN, name):
-        raise InputError(f"name {name!r}: allowed are letters, digits, '.', '_' and '-', starting with one of the first two")
+        raise InputError(
+            f"name {name!r}: allowed are letters, digits, '.', '_' and '-', starting with one of the first two"
+        )
     return RunFolder(join_uri(storage, name))
 
 
@@ -293,6 +318,10 @@ def join_uri(storage: str, name: str) -> str:
 
 def _task(task: int) -> str:
     return f"tasks/{task:03d}"
+
+
+def _figures(task: int | None) -> str:
+    return "figures" if task is None else f"{_task(task)}/figures"
 
 
 def _to_json(record: Any) -> bytes:

@@ -54,7 +54,9 @@ def verify(folder: RunFolder, sequence: TaskSequence) -> list[Check]:
         if before is not None:
             checks.append(_equal(result.index, "parent digest", state.parent, before.digest))
         faults = state.faults()
-        checks.append(Check(result.index, "cut weights are zero, all is finite", not faults, "; ".join(faults) or "yes"))
+        checks.append(
+            Check(result.index, "cut weights are zero, all is finite", not faults, "; ".join(faults) or "yes")
+        )
     latest = states[-1]
     if latest is not None:
         for result in results:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,9 +10,26 @@ from torch import Tensor
 
 from clnp_search.clnp.pack import Pack
 from clnp_search.clnp.state import Architecture, FreeParameters, InputTransform, State, TaskInfo, commit
+from clnp_search.clnp.subnetwork import Subnetwork
 from clnp_search.clnp.training import Training, TrainingSettings
 from clnp_search.config import Sweep, parse_sweep
-from clnp_search.records import Point, PointRecord, ScanRecord
+from clnp_search.records import (
+    CurveStep,
+    Environment,
+    Epoch,
+    Point,
+    PointRecord,
+    RunStatus,
+    ScanRecord,
+    Selected,
+    TaskPlan,
+    TaskResult,
+    Units,
+    summarise,
+)
+from clnp_search.search.points import grid
+from clnp_search.selection import candidates, choose
+from clnp_search.storage import RunFolder
 
 # Every head that a network can have: its kind and its bias rule.
 HEADS = [("multi", "frozen"), ("single", "frozen"), ("single", "per_task"), ("single", "none")]
@@ -127,3 +145,102 @@ def make_scan(index: int, correct: int, active: tuple[int, ...] = (2, 2), **fiel
     """A scan that ended at `active` of (4, 4) units with `correct` of 10000 validation samples right."""
     values: dict[str, Any] = {"theta": (0.5, 0.5), "totals": (4, 4), "weight_sparsity": 0.5, "curve": ()}
     return ScanRecord(index, val_correct=correct, val_total=10000, active=active, **(values | fields))
+
+
+def make_curve(thetas: tuple[float, ...], accuracies: tuple[float, ...], depth: int = 2) -> tuple[CurveStep, ...]:
+    """A scan's curve: one theta for all layers, and one unit more in each layer at each step."""
+    steps = enumerate(zip(thetas, accuracies, strict=True))
+    return tuple(CurveStep((theta,) * depth, accuracy, (1 + step,) * depth) for step, (theta, accuracy) in steps)
+
+
+def make_result(index: int, accuracies: tuple[float, ...], units: dict[str, Units], **fields: Any) -> TaskResult:
+    """A committed task after which tasks 0..index have these test accuracies."""
+    values: dict[str, Any] = {
+        "name": f"permutation-{index}",
+        "best_val_accuracy": 0.98,
+        "margin": 0.01,
+        "selected": Selected("p000", (1e-5,) * (len(units) + 1), 0.001, (0.5,) * len(units), 0.97, 0.4),
+        "points": 4,
+        "digest": f"digest-{index}",
+        "state_digest": f"state-{index}",
+        "seconds": 1.5,
+    }
+    return TaskResult(
+        index=index, test_accuracy=accuracies[-1], test_accuracies=accuracies, units=units, **(values | fields)
+    )
+
+
+def write_run(folder: RunFolder, sweep: Sweep, num_tasks: int = 2) -> Iterator[str]:
+    """Writes a run as the sequence does, from objects made by hand; stops after each step and names it.
+
+    The last point of a task has failed, the first is outside the margin, and of the rest the last is chosen.
+    """
+    folder.write_sweep(sweep.to_yaml())
+    state = State.empty(sweep.architecture(3))
+    layers = state.architecture.layer_names
+    points = grid(sweep, None)
+    results: tuple[TaskResult, ...] = ()
+    folder.write_summary(summarise(folder.name, "running", sweep.seed, state.digest, results))
+    yield "began"
+    for task in range(num_tasks):
+        keys = tuple(f"{task}-{point.name}" for point in points)
+        environment = Environment("cpu", 1, "float32", "2.15", "0.1")
+        folder.write_plan(TaskPlan(task, f"task-{task}", state.digest, points, keys, (), environment))
+        yield f"planned {task}"
+        records = []
+        for point in points:
+            epochs = tuple(Epoch(epoch, 0.01 / (1 + epoch), 2.0 - epoch, 0.5 + epoch / 10) for epoch in range(3))
+            trained: FreeParameters | None = make_trained(state, seed=10 * task + point.index)
+            if point is points[-1]:
+                record, trained = PointRecord(keys[-1], point, "failed", 0, 0, epochs[:1], 0.5, "diverged"), None
+            else:
+                correct = 5000 if point.index == 0 else 9700 + point.index
+                record = PointRecord(keys[point.index], point, "done", correct, 10000, epochs, 2.5)
+            folder.write_point(task, record, trained)
+            records.append(record)
+            yield f"trained {task} {point.name}"
+        limit, inside = candidates(records, 0.01)
+        scans = []
+        for record in inside:
+            index = record.point.index
+            curve = make_curve((1.5, 0.6, 0.0), (0.1, 0.965, 0.97))
+            active = (3, 4 - index)
+            scan = make_scan(index, 9650 + index, active, theta=(0.6, 0.6), curve=curve)
+            folder.write_scan(task, scan, f"{sweep.forgetting.theta}-{limit}")
+            scans.append(scan)
+        choice = choose(records, scans, 0.01)
+        folder.write_selection(task, choice)
+        folder.write_points_table(task, [{"point": record.point.name, "status": record.status} for record in records])
+        for scan in scans:
+            folder.write_curve(task, points[scan.point].name, scan.curve, layers)
+        yield f"chosen {task}"
+        info = make_info(f"task-{task}")
+        state = commit(state, info, folder.read_trained(task, points[choice.chosen].name), (0.6, 0.6))
+        folder.write_state(task, state)
+        totals = [len(layer.born) for layer in state.layers]
+        grown = [int((layer.born == task).sum()) for layer in state.layers]
+        free = [len(layer.free) for layer in state.layers]
+        units = {
+            name: Units(total, total - left, new, left)
+            for name, total, new, left in zip(layers, totals, grown, free, strict=True)
+        }
+        chosen = next(scan for scan in scans if scan.point == choice.chosen)
+        point = points[choice.chosen]
+        assert chosen.theta is not None
+        selected = Selected(
+            point.name, point.alpha, point.learning_rate, chosen.theta, chosen.val_accuracy, chosen.unit_sparsity
+        )
+        result = make_result(
+            task,
+            tuple(0.9 + each / 100 for each in range(task + 1)),
+            units,
+            name=f"task-{task}",
+            selected=selected,
+            digest=Subnetwork(state, task).digest,
+            state_digest=state.digest,
+        )
+        folder.write_result(result)
+        results = (*results, result)
+        status: RunStatus = "running" if task + 1 < num_tasks else "complete"
+        folder.write_summary(summarise(folder.name, status, sweep.seed, state.digest, results))
+        yield f"committed {task}"

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
@@ -74,7 +75,7 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort) as error:
         status = _complain(INTERRUPTED, str(error) or "interrupted")
     except TyperException as error:
-        error.show()
+        error.show()  # type: ignore[attr-defined]
         status = INPUT_WRONG
     except Exception as error:
         logging.getLogger(__name__).debug("failed", exc_info=True)
@@ -136,7 +137,7 @@ def plan(
 ) -> None:
     """Show what a run would do: points, packs, resources asked and present, memory, and what is done already."""
     from clnp_search.config import load_sweep
-    from clnp_search.search.cluster import connect, local_capacity
+    from clnp_search.search.capacity import local_capacity
     from clnp_search.search.points import grid
     from clnp_search.sequence import TaskSequence, plan_packs
     from clnp_search.storage import run_folder
@@ -146,6 +147,8 @@ def plan(
     if address == "local":
         capacity = local_capacity(sweep.resources)
     else:
+        from clnp_search.search.cluster import connect
+
         with connect(address, sweep.resources) as cluster:
             capacity = replace(cluster.capacity, slot_bytes=cluster.slot_bytes())
     sequence = TaskSequence(sweep)
@@ -155,37 +158,41 @@ def plan(
     memory = sequence.memory(state, min(len(results), len(sequence) - 1))
     packs = plan_packs(sweep, points, memory, capacity.num_slots, capacity.slot_bytes)
     searched = len(sequence) if sweep.search.tasks == "every" else 1
-    document = {
+    trial_bytes = memory.total(max(len(pack) for pack in packs))
+    document: dict[str, Any] = {
         "run": folder.uri,
         "tasks": len(sequence),
         "tasks_done": len(results),
         "points_per_searched_task": len(points),
         "points_in_all": len(points) * searched + len(sequence) - searched,
         "packs": [[points[index].name for index in pack] for pack in packs],
-        "points": [{"point": point.name, "alpha": point.alpha, "learning_rate": point.learning_rate} for point in points],
+        "points": [
+            {"point": point.name, "alpha": point.alpha, "learning_rate": point.learning_rate} for point in points
+        ],
         "resources_asked": sweep.resources.model_dump(),
         "resources_present": {"cpu": capacity.cpus, "gpu": capacity.gpus},
         "trials_at_once": min(capacity.num_slots, len(packs)),
-        "memory_per_trial_bytes": memory.total(max(len(pack) for pack in packs)),
+        "memory_per_trial_bytes": trial_bytes,
         "memory_present_per_trial_bytes": capacity.slot_bytes,
     }
     if as_json:
         _print_json(document)
         return
     out.print(f"[bold]{sweep.name}[/]: {document['tasks']} tasks of {sweep.scenario.name}, run folder {folder.uri}")
-    out.print(f"{len(results)} tasks done; {document['points_in_all']} grid points in all, {len(points)} a searched task")
+    out.print(
+        f"{len(results)} tasks done; {document['points_in_all']} grid points in all, {len(points)} a searched task"
+    )
     out.print(
         f"each trial: {sweep.resources.cpu} CPU, {sweep.resources.gpu:g} GPU; present: {capacity.cpus:g} CPU, "
         f"{capacity.gpus:g} GPU; {document['trials_at_once']} trials at a time"
     )
-    out.print(
-        f"memory of a trial: about {document['memory_per_trial_bytes'] / 2**20:.0f} MiB of "
-        f"{capacity.slot_bytes / 2**20:.0f} MiB"
-    )
+    out.print(f"memory of a trial: about {trial_bytes / 2**20:.0f} MiB of {capacity.slot_bytes / 2**20:.0f} MiB")
     table = Table("point", "pack", "alpha", "learning rate", header_style="bold")
     for point in points:
         pack = next(index for index, pack in enumerate(packs) if point.index in pack)
-        table.add_row(point.name, str(pack), " ".join(f"{value:g}" for value in point.alpha), f"{point.learning_rate:g}")
+        table.add_row(
+            point.name, str(pack), " ".join(f"{value:g}" for value in point.alpha), f"{point.learning_rate:g}"
+        )
     out.print(table)
 
 
@@ -201,7 +208,9 @@ def status(run: Run, storage: Storage = "runs/", as_json: AsJson = False) -> Non
     done = sum(folder.read_point(task, point.name) is not None for point in plan.points) if plan else 0
     current = {"task": task, "points_done": done, "points": len(plan.points)} if plan else None
     if as_json:
-        document: dict[str, Any] = asdict(summary) if summary else {"name": folder.name, "status": "running", "tasks": []}
+        document: dict[str, Any] = (
+            asdict(summary) if summary else {"name": folder.name, "status": "running", "tasks": []}
+        )
         _print_json(document | {"num_tasks": sweep.scenario.tasks, "current": current})
         return
     if summary and summary.tasks:
@@ -229,7 +238,9 @@ def verify(run: Run, storage: Storage = "runs/", as_json: AsJson = False) -> Non
             mark = "[green]passed[/]" if check.passed else "[red]FAILED[/]"
             table.add_row(str(check.task), check.name, mark, check.detail)
         out.print(table)
-        out.print(f"[red]{len(failed)} of {len(checks)} checks failed[/]" if failed else f"all {len(checks)} checks passed")
+        out.print(
+            f"[red]{len(failed)} of {len(checks)} checks failed[/]" if failed else f"all {len(checks)} checks passed"
+        )
     if failed:
         raise typer.Exit(NOT_VERIFIED)
 
@@ -261,7 +272,9 @@ def evaluate(
 def export(
     run: Run,
     task: TaskIndex,
-    out_file: Annotated[Path, typer.Option("--out", metavar="FILE", help=".safetensors, .onnx or .pt2.", show_default=False)],
+    out_file: Annotated[
+        Path, typer.Option("--out", metavar="FILE", help=".safetensors, .onnx or .pt2.", show_default=False)
+    ],
     storage: Storage = "runs/",
     as_json: AsJson = False,
 ) -> None:
@@ -296,13 +309,17 @@ def export(
         _print_json(document)
     else:
         shape = " x ".join(str(size) for size in network.info.input_shape)
-        out.print(f"{out_file}: task {task}, {len(data)} bytes; takes raw float32 samples [batch x {shape}], gives logits")
+        out.print(
+            f"{out_file}: task {task}, {len(data)} bytes; takes raw float32 samples [batch x {shape}], gives logits"
+        )
 
 
 @app.command()
 def submit(
     sweep_file: SweepFile,
-    address: Annotated[str, typer.Option("--address", metavar="URL", help="Ray's job server, e.g. http://127.0.0.1:8265.")],
+    address: Annotated[
+        str, typer.Option("--address", metavar="URL", help="Ray's job server, e.g. http://127.0.0.1:8265.")
+    ],
     overrides: Overrides = None,
     name: RunName = None,
     storage: RunStorage = None,
@@ -328,7 +345,9 @@ def submit(
 
 @app.command()
 def ui(
-    run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="A run whose store to show.", show_default=False)] = None,
+    run: Annotated[
+        str | None, typer.Argument(metavar="[RUN]", help="A run whose store to show.", show_default=False)
+    ] = None,
     storage: Storage = "runs/",
     tracking_uri: TrackingUri = None,
     host: Annotated[str, typer.Option(help="Where the server listens.")] = "127.0.0.1",
@@ -344,7 +363,18 @@ def ui(
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
         raise InputError(f"{uri}: no such database; runs make it, or name another one with --tracking-uri")
     err.print(f"MLflow on http://{host}:{port} with {uri}; Ctrl-C ends it")
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--host", host, "--port", str(port)]
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        "--backend-store-uri",
+        uri,
+        "--host",
+        host,
+        "--port",
+        str(port),
+    ]
     os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
     os.execv(sys.executable, [*command, "--workers", "1"])
 
@@ -361,19 +391,16 @@ def _execute(sweep: Sweep, folder: RunFolder, address: str, as_json: bool) -> No
     from clnp_search.cli.publisher import Publisher
     from clnp_search.cli.view import LiveView, summary_line, summary_table
     from clnp_search.search.cluster import connect
-    from clnp_search.sequence import Runner, TaskSequence, count_units
+    from clnp_search.sequence import Runner, TaskSequence
 
-    sequence = TaskSequence(sweep)
-    results = folder.read_results()
-    units = results[-1].units if results else count_units(sequence.empty_state())
     publisher = Publisher(folder, sweep)
+    view = LiveView(err, sweep.scenario.tasks, sweep.training.epochs, folder.read_results())
     try:
-        with (
-            LiveView(err, len(sequence), sweep.training.epochs, units, len(results)) as view,
-            connect(address, sweep.resources) as cluster,
-            publisher,
-        ):
-            summary = Runner(sequence, folder, cluster, [view, publisher]).run()
+        # Importing a data set's library takes about as long as Ray's start, so the two go on side by side.
+        with ThreadPoolExecutor(1) as loader, view, publisher:
+            loading = loader.submit(TaskSequence, sweep)
+            with connect(address, sweep.resources) as cluster:
+                summary = Runner(loading.result(), folder, cluster, [view, publisher]).run()
     except KeyboardInterrupt:
         raise Interrupted(
             f"interrupted; every finished point is kept. Go on with: clnp-search resume {_shown(folder)}"

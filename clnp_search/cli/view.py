@@ -6,14 +6,14 @@ import time
 from collections.abc import Sequence
 from types import TracebackType
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from clnp_search.records import PointRecord, Summary, TaskPlan, TaskResult, Units
-from clnp_search.search.cluster import PackProgress
+from clnp_search.records import PackProgress, PointRecord, Summary, TaskPlan, TaskResult, Units
 from clnp_search.sequence import Listener
 
 
@@ -21,15 +21,13 @@ class LiveView(Listener):
     """Task, points done, best validation accuracy, capacity of each layer, time: live on a terminal, else in lines.
 
     Args:
-        units: Units of each hidden layer as the run starts.
-        tasks_done: Tasks that are committed already.
+        results: Tasks that are committed as the run starts.
     """
 
-    def __init__(
-        self, console: Console, num_tasks: int, epochs: int, units: dict[str, Units], tasks_done: int
-    ) -> None:
-        self._console, self._num_tasks, self._epochs, self._units = console, num_tasks, epochs, units
-        self._tasks_done = tasks_done
+    def __init__(self, console: Console, num_tasks: int, epochs: int, results: Sequence[TaskResult]) -> None:
+        self._console, self._num_tasks, self._epochs = console, num_tasks, epochs
+        self._units: dict[str, Units] = results[-1].units if results else {}
+        self._tasks_done = len(results)
         self._plan: TaskPlan | None = None
         self._finished_points = 0
         self._share = 0.0
@@ -138,24 +136,33 @@ class LiveView(Listener):
 
 
 def summary_table(summary: Summary) -> Table:
-    """What every task chose and what it costs."""
-    table = Table(title=f"{summary.name}: {summary.status}", title_justify="left", header_style="bold")
-    for column in ("task", "alpha", "learning rate", "theta", "validation", "after pruning", "test", "test now"):
-        table.add_column(column, justify="left" if column in {"task", "alpha", "theta"} else "right")
-    table.add_column("units grown (free)")
+    """What every task chose and what it costs; `pruned` and `val` are validation accuracies, `now` is the last test."""
+    layers = list(summary.tasks[0].units) if summary.tasks else []
+    table = Table(
+        title=f"{summary.name}: {summary.status}",
+        title_justify="left",
+        header_style="bold",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    for column in ("task", "alpha", "xi", "theta", "val", "pruned", "test", "now"):
+        table.add_column(column, justify="left" if column in {"task", "alpha", "theta"} else "right", no_wrap=True)
+    for layer in layers:
+        table.add_column(f"{layer}\nnew/free", justify="right", no_wrap=True)
     last = summary.tasks[-1].test_accuracies if summary.tasks else ()
     for result in summary.tasks:
         chosen = result.selected
         table.add_row(
-            f"{result.index} {result.name}",
+            str(result.index),
             _compact(chosen.alpha),
             f"{chosen.learning_rate:g}",
             _compact(chosen.theta),
-            f"{result.best_val_accuracy:.2%}",
-            f"{chosen.val_accuracy:.2%}",
-            f"{result.test_accuracy:.2%}",
-            f"{last[result.index]:.2%}",
-            _units(result),
+            f"{100 * result.best_val_accuracy:.2f}",
+            f"{100 * chosen.val_accuracy:.2f}",
+            f"{100 * result.test_accuracy:.2f}",
+            f"{100 * last[result.index]:.2f}",
+            *(f"{units.new}/{units.free}" for units in result.units.values()),
         )
     return table
 
@@ -168,13 +175,9 @@ def summary_line(summary: Summary) -> str:
     )
 
 
-def _units(result: TaskResult) -> str:
-    return "  ".join(f"{name} +{units.new} ({units.free})" for name, units in result.units.items())
-
-
 def _compact(values: Sequence[float]) -> str:
     distinct = dict.fromkeys(f"{value:.3g}" for value in values)
-    return next(iter(distinct)) if len(distinct) == 1 else " ".join(f"{value:.3g}" for value in values)
+    return next(iter(distinct)) if len(distinct) == 1 else "\n".join(f"{value:.3g}" for value in values)
 
 
 def _duration(seconds: float) -> str:

@@ -1,0 +1,1 @@
+"""The method itself, as a library: needs torch, numpy and safetensors alone."""

@@ -269,7 +269,7 @@ class Pack:
         correct = torch.zeros(self.num_points, dtype=torch.int64, device=self.device)
         for levels, labels in features.batches():
             correct += (self.forward(levels).argmax(2) == labels).sum(1)
-        return correct.tolist()  # type: ignore[no-any-return]
+        return correct.tolist()
 
     def activities(self, features: Features) -> list[Tensor]:
         """Mean post-activation value of each free unit over a split: for each hidden layer [P, F] float64.
@@ -287,7 +287,7 @@ class Pack:
     def finite(self) -> list[bool]:
         """For each point, whether all its parameters are finite."""
         checks = [parameter.isfinite().flatten(1).all(1) for parameter in self.parameters]
-        return torch.stack(checks).all(0).tolist()  # type: ignore[no-any-return]
+        return torch.stack(checks).all(0).tolist()
 
     def point(self, position: int, activities: list[Tensor]) -> FreeParameters:
         """The parameters of the pack's point at `position`, on the CPU, with its units' activities."""

@@ -246,7 +246,7 @@ class State:
         }
 
     def _tensors(self) -> dict[str, Tensor]:
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for name, layer in zip(self.architecture.layer_names, self.layers, strict=True):
             tensors |= {f"{name}.weight": layer.weight, f"{name}.bias": layer.bias, f"{name}.born": layer.born}
         for index, (head, info) in enumerate(zip(self.heads, self.tasks, strict=True)):

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from clnp_search.clnp.activations import ACTIVATIONS
 from clnp_search.clnp.state import State, tensors_digest
@@ -46,18 +47,17 @@ class Subnetwork(nn.Module):
         self.register_buffer("mean", torch.tensor(transform.mean))
         self.register_buffer("std", torch.tensor(transform.std))
         self.register_buffer("permutation", transform.permutation)
-        linears, units, columns = [], [], torch.arange(state.architecture.in_features)
+        layers, units, columns = [], [], torch.arange(state.architecture.in_features)
         for index, layer in enumerate(state.layers):
             last = index == len(state.layers) - 1
             rows = state.visible(task) if last else layer.active(task)
-            linears.append(_linear(layer.weight[rows][:, columns], layer.bias[rows]))
+            layers.append(_Dense(layer.weight[rows][:, columns], layer.bias[rows]))
             units.append(rows)
             columns = rows
         head = state.heads[task]
-        self.hidden = nn.ModuleList(linears)
-        self.head = _linear(head.weight[:, columns], head.bias)
+        self.hidden = nn.ModuleList(layers)
+        self.head = _Dense(head.weight[:, columns], head.bias)
         self.units = tuple(units)
-        self.requires_grad_(False)
         self.eval()
 
     def forward(self, raw: Tensor) -> Tensor:
@@ -66,9 +66,9 @@ class Subnetwork(nn.Module):
         if self.permutation is not None:
             values = values[:, self.permutation]
         values = (values.to(torch.float32) - self.mean) / self.std
-        for linear in self.hidden:
-            values = self._activate(linear(values))
-        return self.head(values)  # type: ignore[no-any-return]
+        for layer in self.hidden:
+            values = self._activate(layer(values))
+        return self.head(values)
 
     @property
     def digest(self) -> str:
@@ -80,7 +80,9 @@ class Subnetwork(nn.Module):
     def predictions(self, raw: Tensor, batch_size: int = 1000) -> Tensor:
         """Predicted classes [N] int64 of raw samples [N, ...], in batches of one fixed size."""
         with torch.inference_mode():
-            return torch.cat([self(raw[start : start + batch_size]).argmax(1) for start in range(0, len(raw), batch_size)])
+            return torch.cat(
+                [self(raw[start : start + batch_size]).argmax(1) for start in range(0, len(raw), batch_size)]
+            )
 
     def accuracy(self, raw: Tensor, labels: Tensor) -> float:
         """The fraction of raw samples [N, ...] whose label [N] is predicted."""
@@ -114,7 +116,7 @@ class Subnetwork(nn.Module):
                 verbose=False,
             )
             assert program is not None
-            return program.model_proto.SerializeToString()  # type: ignore[no-any-return]
+            return program.model_proto.SerializeToString()
         raise ValueError(f"{suffix!r} is no export format; choose one of {', '.join(EXPORT_SUFFIXES)}")
 
 
@@ -123,10 +125,17 @@ def subnetworks(state: State) -> Iterator[Subnetwork]:
     return (Subnetwork(state, task) for task in range(state.num_tasks))
 
 
-def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight.contiguous())
-    if bias is not None:
-        linear.bias = nn.Parameter(bias.clone())
-    return linear
+class _Dense(nn.Module):
+    """A dense layer of given weights; unlike `nn.Linear` it draws none, and may have no unit."""
 
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight.clone(memory_format=torch.contiguous_format))
+        self.register_buffer("bias", None if bias is None else bias.clone())
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Outputs [N, O] of inputs [N, I]."""
+        return functional.linear(values, self.weight, self.bias)

@@ -69,7 +69,8 @@ class Training:
     ) -> None:
         self.epoch = 0
         self.history: list[list[Epoch]] = []
-        self._pack, self._train, self._validation, self._settings = pack, train, validation, settings
+        self.validation = validation
+        self._pack, self._train, self._settings = pack, train, settings
         self._learning_rates = learning_rates
         self._seed, self._task = seed, task
         self._steps_per_epoch = math.ceil(len(train) / settings.batch_size)
@@ -79,6 +80,11 @@ class Training:
     def finished(self) -> bool:
         """Whether all epochs are done."""
         return self.epoch >= self._settings.epochs
+
+    @property
+    def best_val_accuracy(self) -> float:
+        """The highest validation accuracy of any point after any epoch."""
+        return max((seen.val_accuracy for epoch in self.history for seen in epoch), default=0.0)
 
     def run_epoch(self) -> list[Epoch]:
         """Trains one epoch and gives what was seen at its end, for each point."""
@@ -92,7 +98,7 @@ class Training:
             self._pack.backward(levels, grad)
             self._optimizer.step()
             losses += loss
-        accuracies = [correct / len(self._validation) for correct in self._pack.num_correct(self._validation)]
+        accuracies = [correct / len(self.validation) for correct in self._pack.num_correct(self.validation)]
         rows = zip(self._learning_rates, losses.tolist(), accuracies, strict=True)
         seen = [Epoch(self.epoch, rate * factor, loss / len(self._train), value) for rate, loss, value in rows]
         self.epoch += 1

@@ -7,8 +7,6 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 # Before ray is imported: no usage data, no second `uv run` around every worker, no progress printing of its own, one
@@ -27,29 +25,12 @@ from ray import tune
 
 from clnp_search.config import ResourcesConfig
 from clnp_search.errors import InputError
-from clnp_search.records import Point, ScanRecord
+from clnp_search.records import PackProgress, Point, ScanRecord
+from clnp_search.search.capacity import MEMORY_SHARE, Node, capacity_of
 from clnp_search.search.trial import TaskInputs, run_pack, scan_point
 from clnp_search.storage import RunFolder
 
 logger = logging.getLogger(__name__)
-
-# Of a slot's memory, what a trial may plan with.
-MEMORY_SHARE = 0.8
-# Of a machine's memory, what Ray offers to trials; the rest is its object store and the system.
-LOCAL_SHARE = 0.6
-
-
-@dataclass(frozen=True)
-class PackProgress:
-    """How far the packs in flight have come, as Tune's results say.
-
-    Args:
-        epochs_done: For each pack that has reported, its finished epochs.
-        best_val_accuracy: Of all epochs so far.
-    """
-
-    epochs_done: dict[int, int]
-    best_val_accuracy: float
 
 
 class _Watcher(tune.Callback):
@@ -72,73 +53,14 @@ class _Watcher(tune.Callback):
         return {}  # Tune pickles callbacks with its experiment; the listener is of this process only
 
 
-@dataclass(frozen=True)
-class Capacity:
-    """What trials can be given.
-
-    Args:
-        num_slots: Trials that run at the same time.
-        slot_bytes: Memory that one of them may plan with.
-    """
-
-    cpus: float
-    gpus: float
-    num_slots: int
-    slot_bytes: int
-
-
-def local_capacity(resources: ResourcesConfig) -> Capacity:
-    """What this machine has, as a local cluster would offer it; GPUs are counted without touching them.
-
-    Raises:
-        InputError: It cannot hold one trial.
-    """
-    cpus = len(os.sched_getaffinity(0))
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = len(list(Path("/dev").glob("nvidia[0-9]*"))) if visible is None else len(visible.split(",")) * bool(visible)
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return _capacity(resources, [_Node(cpus, gpus, int(total * LOCAL_SHARE))])
-
-
-@dataclass(frozen=True)
-class _Node:
-    cpus: float
-    gpus: float
-    memory: int
-
-
-def _capacity(resources: ResourcesConfig, nodes: Sequence[_Node]) -> Capacity:
-    for label, asked, present in (
-        ("cpu", resources.cpu, max((node.cpus for node in nodes), default=0)),
-        ("gpu", resources.gpu, max((node.gpus for node in nodes), default=0)),
-    ):
-        if asked > present:
-            raise InputError(
-                f"resources.{label}: {asked:g} for each trial is more than any node has; allowed here: {present:g} or less"
-            )
-    num_slots, slot_bytes = 0, 0
-    for node in nodes:
-        slots = int(node.cpus // resources.cpu)
-        if resources.gpu:
-            shared = int(node.gpus // resources.gpu) if resources.gpu >= 1 else int(node.gpus) * int(1 / resources.gpu)
-            slots = min(slots, shared)
-        if slots:
-            num_slots += slots
-            room = int(node.memory / slots * MEMORY_SHARE)
-            slot_bytes = min(slot_bytes, room) if slot_bytes else room
-    if not num_slots:
-        raise InputError(f"resources: no node has {resources.cpu} CPUs and {resources.gpu:g} GPUs together")
-    return Capacity(sum(node.cpus for node in nodes), sum(node.gpus for node in nodes), num_slots, slot_bytes)
-
-
 class Cluster:
     """A connection to Ray, with the resources that every trial is given."""
 
     def __init__(self, resources: ResourcesConfig) -> None:
         self.resources = resources
         offers = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        nodes = [_Node(offer.get("CPU", 0), offer.get("GPU", 0), int(offer.get("memory", 0))) for offer in offers]
-        self.capacity = _capacity(resources, nodes)
+        nodes = [Node(offer.get("CPU", 0), offer.get("GPU", 0), int(offer.get("memory", 0))) for offer in offers]
+        self.capacity = capacity_of(resources, nodes)
 
     @property
     def device(self) -> str:
@@ -189,9 +111,7 @@ class Cluster:
                 failed[result.config["pack"]] = str(result.error).strip().splitlines()[-1]
         return failed
 
-    def scan(
-        self, inputs: TaskInputs, points: Sequence[Point], min_correct: int, rule: str
-    ) -> Iterator[ScanRecord]:
+    def scan(self, inputs: TaskInputs, points: Sequence[Point], min_correct: int, rule: str) -> Iterator[ScanRecord]:
         """Scans candidates in parallel; gives each record as it is done."""
         shared = ray.put(inputs)
         remote = _scan_task.options(num_cpus=self.resources.cpu, num_gpus=self.resources.gpu or None)
@@ -244,4 +164,3 @@ def _gpu_bytes() -> int:
     import torch
 
     return torch.cuda.get_device_properties(0).total_memory
-

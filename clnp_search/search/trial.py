@@ -5,19 +5,19 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from clnp_search.clnp.pack import Pack
+from clnp_search.clnp.pack import Features, Pack
 from clnp_search.clnp.scan import Candidate, scan
 from clnp_search.clnp.state import State
 from clnp_search.clnp.training import Training, TrainingSettings
 from clnp_search.records import Point, PointRecord, ScanRecord, TaskPlan
 from clnp_search.search.points import pack_name
 from clnp_search.storage import RunFolder
-from clnp_search.tasks import RawData, Split, Task, TaskData
+from clnp_search.tasks import RawData, Task, TaskData
 
 CHECKPOINT_EVERY_S = 20.0
 REPORT_EVERY_S = 0.5
@@ -88,60 +88,65 @@ def train_pack(inputs: TaskInputs, points: Sequence[Point], report: Report, note
 
 
 def _train(inputs: TaskInputs, points: Sequence[Point], report: Report, notes: tuple[str, ...]) -> None:
-    device = _prepare(inputs.plan, inputs.settings)
-    folder, task = RunFolder(inputs.run), inputs.plan.task
+    folder, task, keys = RunFolder(inputs.run), inputs.plan.task, inputs.plan.keys
     missing = [point for point in points if folder.read_point(task, point.name) is None]
     if not missing:
         return
-    name = pack_name([inputs.plan.keys[point.index] for point in points])
+    name = pack_name([keys[point.index] for point in points])
     checkpoint = folder.read_checkpoint(task, name)
     if len(missing) < len(points) and checkpoint is None:
         points, notes = missing, (*notes, f"packed apart from {len(points) - len(missing)} points that were finished")
     started = time.perf_counter()
-    data = inputs.data()
-    alphas, rates = [point.alpha for point in points], [point.learning_rate for point in points]
-    pack = Pack(inputs.state, data.info.num_classes, alphas, inputs.seed, device, inputs.settings.dtype)
-
-    def features(split: Split) -> Any:
-        return pack.features(data.info.transform(split.inputs.to(device)), split.labels)
-
-    train, validation = features(data.train), features(data.validation)
-    training = Training(pack, rates, train, validation, inputs.settings, inputs.seed, task)
+    pack, training, train = _begin(inputs, points)
     if checkpoint is not None:
         try:
             training.restore(checkpoint)
         except ValueError:
-            folder.delete_checkpoint(task, name)
-            return _train(inputs, points, report, (*notes, "its checkpoint was damaged: trained from the start"))
+            notes = (*notes, "its checkpoint was damaged: trained from the start")
+            pack, training, train = _begin(inputs, points)
     saved = reported = time.perf_counter()
     while not training.finished:
-        seen = training.run_epoch()
-        now = time.perf_counter()
-        if training.finished or now - saved > CHECKPOINT_EVERY_S:
+        training.run_epoch()
+        if training.finished or time.perf_counter() - saved > CHECKPOINT_EVERY_S:
             folder.write_checkpoint(task, name, training.to_bytes())
             saved = time.perf_counter()
-        if now - reported > REPORT_EVERY_S:
-            report({"epochs_done": training.epoch, "best_val_accuracy": max(each.val_accuracy for each in seen)})
+        if training.finished or time.perf_counter() - reported > REPORT_EVERY_S:
+            report({"epochs_done": training.epoch, "best_val_accuracy": training.best_val_accuracy})
             reported = time.perf_counter()
-    activities, correct, finite = pack.activities(train), pack.num_correct(validation), pack.finite()
+    activities, correct, finite = pack.activities(train), pack.num_correct(training.validation), pack.finite()
     seconds = (time.perf_counter() - started) / len(points)
     for position, point in enumerate(points):
-        if point in missing:
-            record = PointRecord(
-                key=inputs.plan.keys[point.index],
-                point=point,
-                status="done" if finite[position] else "failed",
-                val_correct=correct[position] if finite[position] else 0,
-                val_total=len(validation),
-                epochs=tuple(epoch[position] for epoch in training.history),
-                seconds=seconds,
-                reason="" if finite[position] else "diverged: a parameter is not finite",
-                notes=notes,
-            )
-            folder.write_point(task, record, pack.point(position, activities) if finite[position] else None)
+        if point not in missing:
+            continue
+        record = PointRecord(
+            key=keys[point.index],
+            point=point,
+            status="done",
+            val_correct=correct[position],
+            val_total=len(training.validation),
+            epochs=tuple(epoch[position] for epoch in training.history),
+            seconds=seconds,
+            notes=notes,
+        )
+        if finite[position]:
+            folder.write_point(task, record, pack.point(position, activities))
+        else:
+            reason = "diverged: a parameter is not finite"
+            folder.write_point(task, replace(record, status="failed", val_correct=0, reason=reason), None)
     folder.delete_checkpoint(task, name)
-    done = [each.val_accuracy for each in training.history[-1]]
-    report({"epochs_done": training.epoch, "best_val_accuracy": max(done)})
+
+
+def _begin(inputs: TaskInputs, points: Sequence[Point]) -> tuple[Pack, Training, Features]:
+    """A pack before its first epoch, its training, and the training split."""
+    device = _prepare(inputs.plan, inputs.settings)
+    data = inputs.data()
+    alphas, rates = [point.alpha for point in points], [point.learning_rate for point in points]
+    pack = Pack(inputs.state, data.info.num_classes, alphas, inputs.seed, device, inputs.settings.dtype)
+    train, validation = (
+        pack.features(data.info.transform(split.inputs.to(device)), split.labels)
+        for split in (data.train, data.validation)
+    )
+    return pack, Training(pack, rates, train, validation, inputs.settings, inputs.seed, inputs.plan.task), train
 
 
 def scan_point(inputs: TaskInputs, point: Point, min_correct: int, rule: str) -> ScanRecord:

@@ -79,7 +79,7 @@ def load_mnist(root: Path) -> RawData:
     except Exception as error:  # torchvision and urllib raise many kinds
         raise InputError(
             f"scenario.root: MNIST is not under {root} and could not be downloaded: {error}\n"
-            f"Put its four IDX files into {root / 'MNIST' / 'raw'}, or set scenario.root to a folder that has MNIST/raw."
+            f"Put its four IDX files into {root / 'MNIST' / 'raw'}, or point scenario.root to where it is."
         ) from error
     return RawData(
         train.data.numpy(), train.targets.numpy(), test.data.numpy(), test.targets.numpy(), num_classes=10, scale=255.0

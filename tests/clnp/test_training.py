@@ -40,9 +40,7 @@ def test_a_cosine_schedule_falls_from_the_learning_rate_to_zero_step_by_step() -
     _, training = started()
     run_all(training)
     # 30 samples in batches of 8 are 4 steps; an epoch shows the rate of its last one.
-    expected = [
-        [rate * (1 + math.cos(math.pi * (4 * epoch + 3) / 16)) / 2 for rate in RATES] for epoch in range(4)
-    ]
+    expected = [[rate * (1 + math.cos(math.pi * (4 * epoch + 3) / 16)) / 2 for rate in RATES] for epoch in range(4)]
     for epoch, rates in zip(training.history, expected, strict=True):
         assert [seen.learning_rate for seen in epoch] == pytest.approx(rates, rel=1e-12)
 

@@ -1,0 +1,1 @@
+"""Ray: grid points, packs, trials and where they run."""

@@ -1,0 +1,82 @@
+"""How many trials fit on which machines. Knows nothing of Ray."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from clnp_search.config import ResourcesConfig
+from clnp_search.errors import InputError
+
+# Of a slot's memory, what a trial may plan with.
+MEMORY_SHARE = 0.8
+# Of a machine's memory, what Ray offers to trials; the rest is its object store and the system.
+LOCAL_SHARE = 0.6
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What trials can be given.
+
+    Args:
+        num_slots: Trials that run at the same time.
+        slot_bytes: Memory that one of them may plan with.
+    """
+
+    cpus: float
+    gpus: float
+    num_slots: int
+    slot_bytes: int
+
+
+@dataclass(frozen=True)
+class Node:
+    """What one machine has."""
+
+    cpus: float
+    gpus: float
+    memory: int
+
+
+def capacity_of(resources: ResourcesConfig, nodes: Sequence[Node]) -> Capacity:
+    """What trials of these resources can be given on some machines.
+
+    Raises:
+        InputError: None of them can hold one trial.
+    """
+    for label, asked, present in (
+        ("cpu", resources.cpu, max((node.cpus for node in nodes), default=0)),
+        ("gpu", resources.gpu, max((node.gpus for node in nodes), default=0)),
+    ):
+        if asked > present:
+            raise InputError(
+                f"resources.{label}: {asked:g} for each trial is more than any node has; allowed: up to {present:g}"
+            )
+    num_slots, slot_bytes = 0, 0
+    for node in nodes:
+        slots = int(node.cpus // resources.cpu)
+        if resources.gpu:
+            shared = int(node.gpus // resources.gpu) if resources.gpu >= 1 else int(node.gpus) * int(1 / resources.gpu)
+            slots = min(slots, shared)
+        if slots:
+            num_slots += slots
+            room = int(node.memory / slots * MEMORY_SHARE)
+            slot_bytes = min(slot_bytes, room) if slot_bytes else room
+    if not num_slots:
+        raise InputError(f"resources: no node has {resources.cpu} CPUs and {resources.gpu:g} GPUs together")
+    return Capacity(sum(node.cpus for node in nodes), sum(node.gpus for node in nodes), num_slots, slot_bytes)
+
+
+def local_capacity(resources: ResourcesConfig) -> Capacity:
+    """What this machine has, as a local cluster would offer it; GPUs are counted without touching them.
+
+    Raises:
+        InputError: It cannot hold one trial.
+    """
+    cpus = len(os.sched_getaffinity(0))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = len(list(Path("/dev").glob("nvidia[0-9]*"))) if visible is None else len(visible.split(",")) * bool(visible)
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return capacity_of(resources, [Node(cpus, gpus, int(total * LOCAL_SHARE))])

@@ -1,0 +1,1 @@
+"""Projections of the run folder onto experiment trackers."""

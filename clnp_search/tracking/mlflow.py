@@ -1,0 +1,392 @@
+"""MLflow as a projection of the run folder: one experiment for each sweep; in it sequence > task > grid point.
+
+The run folder is the truth, and what MLflow has already is asked of MLflow: every run carries a key of its own as a
+tag, and a metric is logged where its run has no value at that step. So a sync can be cut short anywhere, and the next
+one, of the same process or of a later one, goes on. MLflow is imported when it is first needed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from clnp_search.clnp.subnetwork import Subnetwork
+from clnp_search.config import Sweep
+from clnp_search.records import Point, PointRecord, ScanRecord, Selection, Summary, TaskPlan, TaskResult, summarise
+from clnp_search.storage import RunFolder
+
+# Defaults; what the user's environment says comes first. No blind retries: a request that MLflow's client repeats
+# after a lost answer could create a run twice, while `sync` looks before it writes.
+ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "60",
+}
+PROBE_TIMEOUT_S = 5.0
+BATCH = 900  # metrics of a request; the server takes 1000 entries, params and tags included
+STATUS = {"running": "RUNNING", "complete": "FINISHED", "depleted": "FINISHED", "failed": "FAILED"}
+
+Metrics = list[tuple[str, float, int]]  # key, value, step
+
+
+class TrackingUnavailable(Exception):  # noqa: N818 - it says what is the case, not who erred
+    """MLflow cannot be read or written now. Nothing is lost: the next `sync` goes on from the run folder."""
+
+
+class MlflowTracker:
+    """Keeps MLflow in step with a run folder."""
+
+    def __init__(self, folder: RunFolder, sweep: Sweep) -> None:
+        self._folder, self._sweep = folder, sweep
+        self._layers = sweep.architecture(in_features=1).layer_names
+        self._store: _Store | None = None
+
+    def sync(self, summary: Summary | None = None) -> None:
+        """Logs what the run folder has and MLflow has not.
+
+        Args:
+            summary: How far to go, if not as far as the folder: a task is closed in MLflow with the figures that are
+                there, so draw those of the summary's tasks first.
+
+        Raises:
+            TrackingUnavailable: MLflow cannot be reached, or refuses; the message says why.
+        """
+        connected = self._store is not None
+        try:
+            self._project(summary or self._folder.read_summary())
+        except BaseException as error:
+            self._store = None  # whether the last request arrived is unknown: ask again what is there
+            if not (connected and isinstance(error, TrackingUnavailable)):
+                raise
+            self.sync(summary)
+
+    def _project(self, summary: Summary | None) -> None:
+        folder = self._folder
+        entries = folder.read_tracking()
+        if "key" not in entries:
+            entries = {"key": uuid.uuid4().hex}
+            folder.write_tracking(entries)
+        store = self._store = self._store or _Store(self._sweep.tracking.uri, self._sweep.name, entries["key"])
+        state, results = (summary.status, summary.tasks) if summary else ("running", ())
+        sequence = store.run("sequence", folder.name, self._tags("sequence"))
+        if not sequence.params:
+            store.upload(sequence, {"sweep.yaml": folder.read_sweep().encode()})
+            store.log(sequence, [], _settings(self._sweep))
+        for index in range(len(results) + 1):
+            self._project_task(store, sequence, index, results, failed=state == "failed")
+        metrics = [metric for index in range(len(results)) for metric in _sequence_metrics(results[: index + 1])]
+        if sequence.status != STATUS[state] or store.missing(sequence, metrics):
+            store.upload(sequence, self._artifacts())
+            store.log(sequence, metrics, tags={"clnp.status": state})
+            store.set_status(sequence, STATUS[state])
+        written = {"key": entries["key"], "experiment_id": store.experiment_id, "runs": store.run_ids}
+        if written != entries:
+            folder.write_tracking(written)
+
+    def _project_task(
+        self, store: _Store, sequence: _Run, index: int, results: Sequence[TaskResult], failed: bool
+    ) -> None:
+        name, folder = f"{index:03d}", self._folder
+        known = store.find(name)
+        plan = None if known and known.status == "FINISHED" else folder.read_plan(index)
+        if plan is None:
+            return
+        result = results[index] if index < len(results) else None
+        seconds = result.seconds if result else 0.0
+        run = store.run(name, f"task {index}: {plan.name}", self._tags("task", index), sequence, seconds)
+        selection = folder.read_selection(index)
+        for point in plan.points:
+            self._project_point(store, run, plan, point, selection)
+        if result is None or selection is None:
+            store.set_status(run, "FAILED" if failed else "RUNNING")
+            return
+        subnetwork = Subnetwork(folder.read_state(index), index).to_bytes(".safetensors")
+        store.upload(run, self._artifacts(index) | {"subnetwork.safetensors": subnetwork})
+        selected = result.selected
+        params = {"point": selected.point, "theta": _compact(selected.theta)}
+        params |= self._params(selected.alpha, selected.learning_rate)
+        metrics = _swept(params) + self._theta(selected.theta) + _task_metrics(results[: index + 1])
+        note = "\n".join(f"- {reason}" for reason in selection.reasons)
+        store.log(run, metrics, params, {"clnp.digest": result.digest, "mlflow.note.content": note})
+        store.set_status(run, "FINISHED")
+
+    def _project_point(
+        self, store: _Store, task: _Run, plan: TaskPlan, point: Point, selection: Selection | None
+    ) -> None:
+        """Logs a point in two steps: its training once it is recorded, its scan once the task has chosen."""
+        name, folder = f"{plan.task:03d}/{point.name}", self._folder
+        known = store.find(name)
+        trained = known is not None and known.status != "RUNNING"
+        if known and trained and (selection is None or "selected" in known.tags):
+            return
+        record = folder.read_point(plan.task, point.name)
+        if record is None:
+            return
+        title = f"{point.name} alpha={_compact(point.alpha, 'g')} lr={point.learning_rate:g}"
+        run = store.run(name, title, self._tags("point", plan.task), task, record.seconds)
+        params = self._params(point.alpha, point.learning_rate)
+        metrics = [] if trained else _swept(params) + _training_metrics(record)
+        tags = {"clnp.reason": record.reason, "mlflow.note.content": "\n".join(record.notes)}
+        tags = {key: text for key, text in tags.items() if text}
+        if selection is not None:
+            tags["selected"] = str(point.index == selection.chosen).lower()
+            fingerprint = f"{self._sweep.forgetting.theta}-{selection.min_correct}"
+            scan = (
+                folder.read_scan(plan.task, point.index, fingerprint) if point.index in selection.candidates else None
+            )
+            metrics += _scan_metrics(scan) if scan else []
+            metrics += self._theta(scan.theta) if scan and scan.theta else []
+        store.log(run, metrics, params, tags)
+        store.set_status(run, "FINISHED" if record.status == "done" else "FAILED")
+
+    def _tags(self, level: str, task: int | None = None) -> dict[str, str]:
+        tags = {"clnp.level": level, "clnp.sequence": self._folder.name}
+        return tags if task is None else tags | {"clnp.task": str(task)}
+
+    def _params(self, alpha: tuple[float, ...], learning_rate: float) -> dict[str, str]:
+        each = {f"alpha.{layer}": str(value) for layer, value in zip((*self._layers, "head"), alpha, strict=True)}
+        return {"alpha": _compact(alpha), **each, "learning_rate": str(learning_rate)}
+
+    def _theta(self, theta: tuple[float, ...]) -> Metrics:
+        if len(set(theta)) == 1:
+            return [("prune/theta", theta[0], 0)]
+        return [(f"prune/theta.{layer}", value, 0) for layer, value in zip(self._layers, theta, strict=True)]
+
+    def _artifacts(self, task: int | None = None) -> dict[str, bytes]:
+        return {name: self._folder.read(path) for name, path in self._folder.artifacts(task).items()}
+
+
+# Records as MLflow shows them
+
+
+def _settings(sweep: Sweep) -> dict[str, str]:
+    """The settings that tell sweeps apart, under their names in the sweep file."""
+    dump = sweep.model_dump(mode="json", exclude={"name", "storage", "tracking", "resources"})
+    dump["scenario"].pop("root")
+    flat = {"seed": dump.pop("seed")}
+    flat |= {f"{section}.{key}": value for section, values in dump.items() for key, value in values.items()}
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in flat.items()}
+
+
+def _swept(params: Mapping[str, str]) -> Metrics:
+    """Swept values once more as metrics, because params sort as text; alpha as the mean over the layers."""
+    numbers = {key: json.loads(text) for key, text in params.items() if key.startswith(("alpha", "learning_rate"))}
+    return [
+        (f"hp/{key}", statistics.fmean(value) if isinstance(value, list) else value, 0)
+        for key, value in numbers.items()
+    ]
+
+
+def _training_metrics(record: PointRecord) -> Metrics:
+    metrics: Metrics = [("val/unpruned_accuracy", record.val_accuracy, 0)] if record.status == "done" else []
+    for each in record.epochs:
+        values = {"train/loss": each.train_loss, "train/learning_rate": each.learning_rate}
+        values["val/accuracy"] = each.val_accuracy
+        metrics += [(key, value, each.epoch) for key, value in values.items()]
+    return metrics
+
+
+def _scan_metrics(scan: ScanRecord) -> Metrics:
+    metrics: Metrics = []
+    for position, step in enumerate(scan.curve):
+        values = {"value": step.theta[0], "val_accuracy": step.val_accuracy, "active": float(sum(step.active))}
+        metrics += [(f"theta/{key}", value, position) for key, value in values.items()]
+    if scan.theta is not None:
+        metrics += [("prune/val_accuracy", scan.val_accuracy, 0), ("prune/unit_sparsity", scan.unit_sparsity, 0)]
+        metrics.append(("prune/weight_sparsity", scan.weight_sparsity, 0))
+    return metrics
+
+
+def _task_metrics(results: Sequence[TaskResult]) -> Metrics:
+    """Of the last of these tasks."""
+    last = results[-1]
+    values = _so_far(results) | {
+        "val/best_accuracy": last.best_val_accuracy,
+        "prune/val_accuracy": last.selected.val_accuracy,
+        "prune/unit_sparsity": last.selected.unit_sparsity,
+        "test/accuracy": last.test_accuracy,
+    }
+    return [(key, value, 0) for key, value in values.items()]
+
+
+def _sequence_metrics(results: Sequence[TaskResult]) -> Metrics:
+    """What the last of these tasks adds to the sequence's curves."""
+    last = results[-1]
+    values = _so_far(results) | {f"test/task{task}": value for task, value in enumerate(last.test_accuracies)}
+    return [(key, value, last.index) for key, value in values.items()]
+
+
+def _so_far(results: Sequence[TaskResult]) -> dict[str, float]:
+    summary = summarise("", "running", 0, "", tuple(results))
+    values = {"test/average_accuracy": summary.average_test_accuracy, "test/forgetting": summary.max_forgetting}
+    for layer, units in results[-1].units.items():
+        counts = {"active": units.active, "new": units.new, "free": units.free}
+        values |= {f"capacity/{layer}/{kind}": float(count) for kind, count in counts.items()}
+    return values
+
+
+def _compact(values: tuple[float, ...], spec: str = "") -> str:
+    """One number if all are equal, else the list."""
+    texts = [format(value, spec) for value in values]
+    return texts[0] if len(set(values)) == 1 else f"[{', '.join(texts)}]"
+
+
+# MLflow
+
+
+@dataclass
+class _Run:
+    """A run in MLflow, as far as it was seen there or written from here.
+
+    Args:
+        unread: Metrics that it had when it was found, of which the steps were not asked yet.
+        logged: Metrics that it has, with their steps.
+    """
+
+    id: str
+    status: str
+    tags: set[str]
+    params: set[str]
+    unread: set[str] = field(default_factory=set)
+    logged: set[tuple[str, int]] = field(default_factory=set)
+
+
+@contextmanager
+def _tracking() -> Iterator[None]:
+    """Inside, MLflow's errors become `TrackingUnavailable`."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (MlflowException, SQLAlchemyError, OSError) as error:
+        raise TrackingUnavailable(str(error).strip().partition("\n")[0] or type(error).__name__) from error
+
+
+class _Store:
+    """An experiment in MLflow, and in it the runs of one sequence, by name: `sequence`, `000`, `000/p000`."""
+
+    @_tracking()
+    def __init__(self, uri: str, experiment: str, key: str) -> None:
+        _check_reachable(uri)
+        from mlflow import MlflowClient
+
+        self._key, self._client = key, MlflowClient(tracking_uri=uri)
+        found = self._client.get_experiment_by_name(experiment)
+        location = _artifact_location(uri, experiment)
+        self.experiment_id = found.experiment_id if found else self._client.create_experiment(experiment, location)
+        self._runs: dict[str, _Run] = {}
+        token: str | None = ""
+        while token is not None:
+            ours = f"tags.`clnp.key` LIKE '{key}/%'"
+            page = self._client.search_runs([self.experiment_id], ours, max_results=1000, page_token=token or None)
+            for run in page:
+                info, data = run.info, run.data
+                seen = _Run(info.run_id, info.status, {*data.tags}, {*data.params}, unread={*data.metrics})
+                self._runs[data.tags["clnp.key"].removeprefix(f"{key}/")] = seen
+            token = page.token or None
+
+    @property
+    def run_ids(self) -> dict[str, str]:
+        """MLflow's id of each run."""
+        return {name: run.id for name, run in self._runs.items()}
+
+    def find(self, name: str) -> _Run | None:
+        """A run, if it is there."""
+        return self._runs.get(name)
+
+    @_tracking()
+    def run(
+        self, name: str, title: str, tags: Mapping[str, str], parent: _Run | None = None, seconds: float = 0.0
+    ) -> _Run:
+        """A run, created if it is not there; its work took `seconds` until now."""
+        if name not in self._runs:
+            own = {**tags, "clnp.key": f"{self._key}/{name}", **({"mlflow.parentRunId": parent.id} if parent else {})}
+            start = int((time.time() - seconds) * 1000)
+            created = self._client.create_run(self.experiment_id, start_time=start, tags=own, run_name=title)
+            self._runs[name] = _Run(created.info.run_id, created.info.status, set(), set())
+        return self._runs[name]
+
+    @_tracking()
+    def missing(self, run: _Run, metrics: Metrics) -> Metrics:
+        """Those that the run has not. Infinities are left out: MLflow would show them as 1.8e308."""
+        for key in run.unread & {key for key, _, _ in metrics}:
+            run.logged |= {(key, metric.step) for metric in self._client.get_metric_history(run.id, key)}
+            run.unread.discard(key)
+        return [each for each in metrics if not math.isinf(each[1]) and (each[0], each[2]) not in run.logged]
+
+    @_tracking()
+    def log(
+        self,
+        run: _Run,
+        metrics: Metrics,
+        params: Mapping[str, str] | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> None:
+        """Logs what the run has not. Tags come last, also within MLflow's requests: they say that all else is there."""
+        from mlflow.entities import Metric, Param, RunTag
+
+        new, now = self.missing(run, metrics), int(time.time() * 1000)
+        extra = [Param(key, value) for key, value in (params or {}).items() if key not in run.params]
+        marks = [RunTag(key, value) for key, value in (tags or {}).items()]
+        for start in range(0, len(new) or 1, BATCH):
+            batch, last = new[start : start + BATCH], start + BATCH >= len(new)
+            values = [Metric(key, value, now, step) for key, value, step in batch]
+            self._client.log_batch(run.id, values, extra if last else [], marks if last else [])
+            run.logged |= {(key, step) for key, _, step in batch}
+        run.params |= {param.key for param in extra}
+        run.tags |= {mark.key for mark in marks}
+
+    @_tracking()
+    def set_status(self, run: _Run, status: str) -> None:
+        """Ends the run, or starts it again."""
+        if run.status != status:
+            if status == "RUNNING":
+                self._client.update_run(run.id, status)
+            else:
+                self._client.set_terminated(run.id, status)
+            run.status = status
+
+    @_tracking()
+    def upload(self, run: _Run, files: Mapping[str, bytes]) -> None:
+        """Puts files among the run's artifacts; what is there under the same name is replaced."""
+        with tempfile.TemporaryDirectory() as folder:
+            for name, data in files.items():
+                path = Path(folder, name)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(data)
+            self._client.log_artifacts(run.id, folder)
+
+
+def _check_reachable(uri: str) -> None:
+    """Fails soon if nothing answers, where MLflow's own client would wait for minutes."""
+    if uri.startswith(("http://", "https://")):
+        import requests
+
+        with suppress(requests.exceptions.SSLError):  # something answers; MLflow has settings for its certificate
+            requests.head(f"{uri.rstrip('/')}/health", timeout=PROBE_TIMEOUT_S)
+    else:
+        import mlflow.store.db.utils
+
+        mlflow.store.db.utils.MAX_RETRY_COUNT = 3  # ten, its default, are 102 seconds of sleep
+
+
+def _artifact_location(uri: str, experiment: str) -> str | None:
+    """Where artifacts go: beside an SQLite file, wherever the run was started from; else the server decides."""
+    path = uri.removeprefix("sqlite:///").partition("?")[0]
+    if path == uri or not path or path == ":memory:":
+        return None
+    return (Path(path).absolute().parent / "mlartifacts" / experiment).as_uri()

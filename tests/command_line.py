@@ -1,0 +1,45 @@
+"""Whole commands in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SWEEP = """
+scenario: {name: permuted_digits, tasks: 3, validation: 300}
+network: {name: mlp, hidden: [48, 32]}
+head: {kind: single}
+training: {epochs: 12, batch_size: 64}
+search: {alpha: [1e-5, [1e-4, 3e-4, 1e-4]], learning_rate: [0.005, 0.01]}
+forgetting: {margin: 2%}
+"""
+
+
+@dataclass(frozen=True)
+class Cli:
+    """The command line, run in a folder."""
+
+    folder: Path
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        """A running command."""
+        command = [sys.executable, "-m", "clnp_search", *arguments]
+        environment = os.environ | {"COLUMNS": "200", "RAY_USAGE_STATS_ENABLED": "0", "PYTHONUNBUFFERED": "1"}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(command, cwd=self.folder, env=environment, start_new_session=True, **pipes)  # type: ignore[call-overload,no-any-return]
+
+    def __call__(self, *arguments: str, status: int = 0) -> subprocess.CompletedProcess[str]:
+        """A finished command, which must end with `status`."""
+        process = self.start(*arguments)
+        out, err = process.communicate(timeout=400)
+        assert process.returncode == status, f"status {process.returncode}\n{out}\n{err}"
+        return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+    def json(self, *arguments: str, status: int = 0) -> Any:
+        """The one JSON document that a command prints."""
+        return json.loads(self(*arguments, "--json", status=status).stdout)

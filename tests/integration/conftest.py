@@ -1,0 +1,23 @@
+"""One undisturbed run, which many tests look at: real Ray, real files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from command_line import SWEEP, Cli
+
+
+@pytest.fixture(scope="session")
+def cli(tmp_path_factory: pytest.TempPathFactory) -> Cli:
+    """A folder with `sweep.yaml`, in which the commands of this session run."""
+    folder = tmp_path_factory.mktemp("work")
+    (folder / "sweep.yaml").write_text(SWEEP)
+    return Cli(folder)
+
+
+@pytest.fixture(scope="session")
+def finished(cli: Cli) -> Path:
+    """The folder of an undisturbed run of `sweep.yaml`."""
+    cli("run", "sweep.yaml", "--name", "undisturbed")
+    return cli.folder / "runs" / "undisturbed"

@@ -1,0 +1,211 @@
+"""The main path: from a sweep file to chosen, pruned, exported models, and what the run folder says about them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from command_line import Cli
+
+from clnp_search.tasks.data import load_digits
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open() as stream:
+        return list(csv.DictReader(stream))
+
+
+def summary_of(run: Path) -> dict[str, Any]:
+    return json.loads((run / "summary.json").read_text())  # type: ignore[no-any-return]
+
+
+def test_summary_holds_what_the_contract_promises(finished: Path) -> None:
+    summary = summary_of(finished)
+    assert (summary["schema"], summary["name"], summary["status"], summary["seed"]) == (1, "undisturbed", "complete", 0)
+    assert len(summary["state_digest"]) == 64
+    task = summary["tasks"][1]
+    assert {"index", "name", "best_val_accuracy", "margin", "selected", "test_accuracy", "test_accuracies"} <= set(task)
+    assert {"units", "points", "digest", "seconds"} <= set(task)
+    assert {"point", "alpha", "learning_rate", "theta", "val_accuracy", "unit_sparsity"} == set(task["selected"])
+    assert len(task["selected"]["alpha"]) == 3
+    assert set(task["units"]["hidden0"]) == {"total", "active", "new", "free"}
+
+
+def test_forgetting_is_exactly_zero(finished: Path) -> None:
+    summary = summary_of(finished)
+    assert summary["max_forgetting"] == 0.0
+    first = [task["test_accuracies"][0] for task in summary["tasks"]]
+    assert len(first) == 3
+    assert len(set(first)) == 1
+
+
+def test_an_independent_reader_can_redo_every_choice(finished: Path) -> None:
+    for task in summary_of(finished)["tasks"]:
+        folder = finished / "tasks" / f"{task['index']:03d}"
+        rows = read_csv(folder / "points.csv")
+        assert len(rows) == task["points"] == 4
+        total = 300
+        allowed = math.floor(task["margin"] * total + 1e-9)
+        limit = max(round(float(row["val_accuracy"]) * total) for row in rows) - allowed
+        best: tuple[float, ...] | None = None
+        winner = ""
+        for index, row in enumerate(rows):
+            inside = round(float(row["val_accuracy"]) * total) >= limit
+            assert (row["in_margin"] == "True") == inside
+            if not inside:
+                continue
+            curve = read_csv(folder / "curves" / f"{row['point']}.csv")
+            thetas = [float(step["theta"]) for step in curve]
+            assert thetas == sorted(thetas, reverse=True)
+            passing = [step for step in curve if round(float(step["val_accuracy"]) * total) >= limit]
+            theta = json.loads(row["theta"])[0]
+            assert float(passing[0]["theta"]) == theta  # no higher theta on the curve passes
+            active = sum(int(passing[0][layer]) for layer in ("hidden0", "hidden1"))
+            assert float(row["unit_sparsity"]) == pytest.approx(1 - active / 80)
+            rank = (
+                active,
+                -round(float(row["pruned_val_accuracy"]) * total),
+                sum(json.loads(row["alpha"])),
+                float(row["learning_rate"]),
+                index,
+            )
+            if best is None or rank < best:
+                best, winner = rank, row["point"]
+        assert winner == task["selected"]["point"]
+        assert [row["point"] for row in rows if row["selected"] == "True"] == [winner]
+
+
+def test_exported_onnx_on_raw_images_gives_the_stated_accuracy(cli: Cli, finished: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    raw = load_digits(Path())
+    for task in summary_of(finished)["tasks"]:
+        index = task["index"]
+        cli("export", str(finished), "--task", str(index), "--out", f"task{index}.onnx")
+        session = onnxruntime.InferenceSession(str(cli.folder / f"task{index}.onnx"))
+        name = session.get_inputs()[0].name
+        logits = session.run(None, {name: raw.test_inputs.astype(np.float32)})[0]
+        assert np.mean(logits.argmax(1) == raw.test_labels) == pytest.approx(task["test_accuracies"][-1], abs=1e-9)
+
+
+def test_exports_hold_the_subnetwork_alone(cli: Cli, finished: Path) -> None:
+    answer = cli.json("export", str(finished), "--task", "1", "--out", "task1.safetensors")
+    tensors = safetensors.numpy.load_file(cli.folder / "task1.safetensors")
+    units = summary_of(finished)["tasks"][1]["units"]
+    assert tensors["hidden.0.weight"].shape == (units["hidden0"]["active"], 64)
+    assert tensors["hidden.1.weight"].shape[0] == units["hidden1"]["new"]  # a single head reads its own units alone
+    assert answer["digest"] == summary_of(finished)["tasks"][1]["digest"]
+    cli("export", str(finished), "--task", "1", "--out", "task1.pt2")
+    assert (cli.folder / "task1.pt2").stat().st_size > 0
+    cli("export", str(finished), "--task", "1", "--out", "task1.bin", status=2)
+    cli("export", str(finished), "--task", "7", "--out", "task7.onnx", status=2)
+    assert not (cli.folder / "task7.onnx").exists()
+
+
+def test_evaluate_and_status_agree_with_the_summary(cli: Cli, finished: Path) -> None:
+    summary = summary_of(finished)
+    assert cli.json("evaluate", str(finished), "--task", "0")["accuracy"] == summary["tasks"][0]["test_accuracy"]
+    status = cli.json("status", "undisturbed")
+    assert status["status"] == "complete"
+    assert status["state_digest"] == summary["state_digest"]
+
+
+def test_verify_passes_and_finds_one_flipped_bit(cli: Cli, finished: Path) -> None:
+    assert cli.json("verify", str(finished))["verified"] is True
+    for task, name in ((2, "hidden0.weight"), (0, "hidden1.weight"), (2, "head.weight")):
+        copy = cli.folder / "flipped"
+        shutil.copytree(finished, copy)
+        path = copy / "tasks" / f"{task:03d}" / "state.safetensors"
+        data = bytearray(path.read_bytes())
+        header_length = int.from_bytes(data[:8], "little")
+        start, stop = json.loads(data[8 : 8 + header_length])[name]["data_offsets"]
+        weights = np.frombuffer(data, np.float32, (stop - start) // 4, 8 + header_length + start)
+        position = 8 + header_length + start + 4 * int(np.flatnonzero(weights)[0])
+        del weights
+        data[position] ^= 1
+        path.write_bytes(data)
+        found = cli.json("verify", str(copy), status=4)
+        assert not found["verified"]
+        shutil.rmtree(copy)
+
+
+def test_the_same_seed_gives_the_same_digest_and_another_seed_another(cli: Cli, finished: Path) -> None:
+    again = cli.json("run", "sweep.yaml", "--name", "again", "--tracking-uri", "none")
+    other = cli.json("run", "sweep.yaml", "--name", "other", "--tracking-uri", "none", "--set", "seed=1")
+    assert again["state_digest"] == summary_of(finished)["state_digest"]
+    assert other["state_digest"] != again["state_digest"]
+
+
+def test_a_finished_run_trains_nothing_again(cli: Cli, finished: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.glob("tasks/*/points/*")}
+    assert len(before) == 24
+    cli("run", "sweep.yaml", "--name", "undisturbed")
+    assert {path: path.stat().st_mtime_ns for path in finished.glob("tasks/*/points/*")} == before
+
+
+def test_a_run_of_the_same_name_with_other_settings_is_refused(cli: Cli, finished: Path) -> None:
+    answer = cli("run", "sweep.yaml", "--name", "undisturbed", "--set", "training.epochs=13", status=2)
+    assert "training.epochs: 13 here, 12 there" in answer.stderr
+
+
+def test_every_fault_of_a_sweep_is_named_and_nothing_is_written(cli: Cli) -> None:
+    (cli.folder / "bad.yaml").write_text("scenario: {name: permuted_digit}\nnetwork: {hiden: [3]}\nseed: -1\n")
+    answer = cli("run", "bad.yaml", status=2)
+    for fault in ("scenario.name", "'permuted_digits'", "network.hidden: missing", "did you mean 'hidden'", "seed"):
+        assert fault in answer.stderr
+    assert not (cli.folder / "runs" / "bad").exists()
+    cli("resume", "nowhere", status=2)
+
+
+def test_more_than_any_node_has_is_refused_before_training(cli: Cli) -> None:
+    for setting in ("resources.cpu=512", "resources.gpu=64"):
+        answer = cli("run", "sweep.yaml", "--name", "big", "--set", setting, status=2)
+        assert setting.partition("=")[0] in answer.stderr
+
+
+def test_plan_shows_points_packs_and_memory(cli: Cli) -> None:
+    plan = cli.json("plan", "sweep.yaml", "--name", "planned")
+    assert plan["points_per_searched_task"] == 4
+    assert plan["points_in_all"] == 12
+    assert sorted(name for pack in plan["packs"] for name in pack) == ["p000", "p001", "p002", "p003"]
+    assert 0 < plan["memory_per_trial_bytes"] < plan["memory_present_per_trial_bytes"]
+
+
+def test_schema_knows_every_section(cli: Cli) -> None:
+    assert "forgetting" in json.loads(cli("schema").stdout)["properties"]
+
+
+def test_a_diverging_point_is_recorded_and_the_search_goes_on(cli: Cli) -> None:
+    settings = ["--set", "training.optimizer=sgd", "--set", "search.learning_rate=[0.05, 1e30]"]
+    size = ["--set", "scenario.tasks=1", "--set", "head.kind=multi"]
+    summary = cli.json("run", "sweep.yaml", "--name", "diverging", "--tracking-uri", "none", *settings, *size)
+    rows = read_csv(cli.folder / "runs" / "diverging" / "tasks" / "000" / "points.csv")
+    assert [row["status"] for row in rows] == ["done", "failed", "done", "failed"]
+    assert summary["status"] == "complete"
+
+
+def test_a_depleted_network_is_reported_and_can_stop_the_sequence(cli: Cli) -> None:
+    size = ["--set", "network.hidden=[6, 4]", "--set", "search.alpha=[0]", "--set", "forgetting.margin=0"]
+    stop = ["--set", "capacity.on_depletion=stop", "--set", "search.learning_rate=0.01"]
+    summary = cli.json("run", "sweep.yaml", "--name", "small", "--tracking-uri", "none", *size, *stop)
+    assert summary["status"] == "depleted"
+    assert summary["tasks"][-1]["units"]["hidden1"]["free"] == 0
+    assert len(summary["tasks"]) < 3
+
+
+def test_multi_head_searched_once_reuses_the_first_choice(cli: Cli) -> None:
+    settings = ["--set", "head.kind=multi", "--set", "search.tasks=first", "--set", "forgetting.theta=per_layer"]
+    summary = cli.json(
+        "run", "sweep.yaml", "--name", "first", "--tracking-uri", "none", "--set", "scenario.tasks=2", *settings
+    )
+    first, second = summary["tasks"]
+    assert (first["points"], second["points"]) == (4, 1)
+    assert second["selected"]["alpha"] == first["selected"]["alpha"]
+    assert first["selected"]["theta"][0] != first["selected"]["theta"][1]
+    assert cli.json("verify", "first")["verified"] is True

@@ -1,0 +1,328 @@
+"""A sweep file: what is accepted, and that every fault is named at once with its key, its value and what is allowed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from builders import make_sweep
+
+from clnp_search.config import Sweep, load_sweep, parse_sweep
+from clnp_search.errors import InputError
+
+SMALLEST = "scenario: {name: permuted_digits}\nnetwork: {hidden: [4, 4]}\n"
+
+
+def written(folder: Path, text: str, name: str = "sweep.yaml") -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def faults(tmp_path: Path, text: str, overrides: list[str] | None = None) -> list[str]:
+    """The lines of a faulty sweep's message, the headline first."""
+    with pytest.raises(InputError) as caught:
+        load_sweep(written(tmp_path, text), overrides)
+    return [line.strip() for line in str(caught.value).splitlines()]
+
+
+def margin_of(value: Any) -> float:
+    return make_sweep(forgetting={"margin": value}).forgetting.margin
+
+
+# What a file holds
+
+
+def test_a_scenario_and_a_network_are_enough(tmp_path: Path) -> None:
+    sweep = load_sweep(written(tmp_path, SMALLEST, "my-sweep.yaml"))
+    assert sweep.name == "my-sweep"
+    assert sweep.network.hidden == (4, 4)
+    assert sweep.forgetting.margin == 0.0005
+
+
+@pytest.mark.parametrize(("scenario", "tasks", "validation"), [("permuted_mnist", 10, 10000), ("split_digits", 5, 60)])
+def test_tasks_and_validation_default_to_the_scenarios_own(scenario: str, tasks: int, validation: int) -> None:
+    sweep = make_sweep(scenario={"name": scenario})
+    assert (sweep.scenario.tasks, sweep.scenario.validation) == (tasks, validation)
+
+
+def test_a_scenarios_own_defaults_can_be_overridden() -> None:
+    sweep = make_sweep(scenario={"name": "permuted_mnist", "tasks": 3, "validation": 77})
+    assert (sweep.scenario.tasks, sweep.scenario.validation) == (3, 77)
+
+
+@pytest.mark.parametrize("text", ["1e-6", "1E-6", "0.000001", "1.0e-6"])
+def test_an_exponent_without_a_point_is_a_number(tmp_path: Path, text: str) -> None:
+    sweep = load_sweep(written(tmp_path, f"{SMALLEST}search: {{alpha: [{text}], learning_rate: [{text}]}}\n"))
+    assert sweep.search.alpha == (1e-6,)
+    assert sweep.search.learning_rate == (1e-6,)
+
+
+def test_an_alpha_is_a_number_or_one_for_each_layer_with_the_head_last(tmp_path: Path) -> None:
+    sweep = load_sweep(written(tmp_path, f"{SMALLEST}search: {{alpha: [1e-6, [1e-7, 1e-5, 1e-6]]}}\n"))
+    assert sweep.search.alpha == (1e-6, (1e-7, 1e-5, 1e-6))
+    assert [sweep.layer_alphas(alpha) for alpha in sweep.search.alpha] == [(1e-6,) * 3, (1e-7, 1e-5, 1e-6)]
+
+
+def test_a_single_value_is_a_grid_of_one(tmp_path: Path) -> None:
+    sweep = load_sweep(written(tmp_path, f"{SMALLEST}search: {{alpha: 0, learning_rate: 0.1}}\n"))
+    assert sweep.search.alpha == (0.0,)
+    assert sweep.search.learning_rate == (0.1,)
+
+
+def test_a_sweep_knows_its_architecture() -> None:
+    architecture = make_sweep(head={"kind": "single", "bias": "none"}).architecture(64)
+    assert (architecture.in_features, architecture.hidden) == (64, (4, 4))
+    assert (architecture.activation, architecture.head, architecture.head_bias) == ("relu", "single", "none")
+
+
+def test_a_sweep_cannot_be_changed() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        make_sweep().seed = 1  # type: ignore[misc]
+
+
+# The margin
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [("0.05%", 0.0005), (" 0.05 % ", 0.0005), (0.0005, 0.0005), ("60%", 0.6), (0, 0.0), ("0%", 0.0), (0.49, 0.49)],
+)
+def test_a_margin_is_a_percentage_or_a_fraction(value: Any, expected: float) -> None:
+    assert margin_of(value) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("value", [0.5, 0.6, 5])
+def test_a_bare_number_that_looks_like_percentage_points_is_refused_with_the_reason(value: float) -> None:
+    with pytest.raises(InputError) as caught:
+        margin_of(value)
+    assert f"forgetting.margin: {value}: a bare number is a fraction of 1" in str(caught.value)
+    assert f"write '{value}%' if you mean percentage points" in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["-1%", "100%", "150%", "nan%", "five%", "%", -0.1, "much", None, True, [0.1]])
+def test_a_margin_that_means_nothing_is_refused(value: Any) -> None:
+    with pytest.raises(InputError, match="forgetting.margin: "):
+        margin_of(value)
+
+
+# Faults
+
+
+def test_every_fault_is_named_at_once(tmp_path: Path) -> None:
+    text = """
+scenario: {name: permuted_dogs}
+network: {hidden: [4, 0], activation: swish}
+head: {kind: triple}
+training: {epochs: many, learning_rate: 0.1}
+search: {alpha: [-1], learning_rate: [0]}
+forgetting: {margin: 0.5}
+resources: {gpu: 1.5}
+sed: 3
+"""
+    headline, *lines = faults(tmp_path, text)
+    assert headline.endswith("sweep.yaml: 11 fault(s)")
+    keys = [line.partition(":")[0] for line in lines]
+    assert sorted(keys) == sorted(
+        [
+            "scenario.name",
+            "network.hidden[1]",
+            "network.activation",
+            "head.kind",
+            "training.epochs",
+            "training.learning_rate",
+            "search.alpha[0]",
+            "search.learning_rate[0]",
+            "forgetting.margin",
+            "resources",
+            "sed",
+        ]
+    )
+
+
+def test_a_fault_names_its_value_and_what_is_allowed(tmp_path: Path) -> None:
+    lines = faults(tmp_path, SMALLEST.replace("permuted_digits", "permuted_digit"))
+    expected = "scenario.name: 'permuted_digit': allowed: permuted_digits, permuted_mnist, split_digits, split_mnist"
+    assert lines[1] == f"{expected}; did you mean 'permuted_digits'?"
+
+
+@pytest.mark.parametrize(
+    ("section", "hint"),
+    [
+        ("trainning: {epochs: 3}", "trainning: unknown key; did you mean 'training'? Known here: name, seed, "),
+        ("training: {epoch: 3}", "training.epoch: unknown key; did you mean 'epochs'? Known here: epochs, batch_size"),
+        ("search: {alphas: 3}", "search.alphas: unknown key; did you mean 'alpha'? Known here: tasks, alpha, "),
+        ("head: {zebra: 3}", "head.zebra: unknown key; Known here: kind, bias"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest_known_one(tmp_path: Path, section: str, hint: str) -> None:
+    assert faults(tmp_path, f"{SMALLEST}{section}\n")[1].startswith(hint)
+
+
+def test_a_missing_key_is_named(tmp_path: Path) -> None:
+    assert faults(tmp_path, "seed: 1\n")[1:] == [
+        "scenario: missing; it has no default",
+        "network: missing; it has no default",
+    ]
+
+
+@pytest.mark.parametrize("alpha", ["[[1e-7, 1e-5]]", "[1e-6, [1, 2, 3, 4]]"])
+def test_an_alpha_list_of_the_wrong_length_says_how_many_are_allowed(tmp_path: Path, alpha: str) -> None:
+    lines = faults(tmp_path, f"{SMALLEST}search: {{alpha: {alpha}}}\n")
+    assert len(lines) == 2
+    assert lines[1].startswith("search.alpha[")
+    assert lines[1].endswith("allowed: one number, or 3 (one for each of the 2 hidden layers, the head last)")
+
+
+@pytest.mark.parametrize("alpha", ["[text]", "[true]", "[[1, text, 3]]", "[.inf]", "[.nan]", "[[]]", "[]", "[null]"])
+def test_an_alpha_that_is_no_number_of_zero_or_more_is_refused(tmp_path: Path, alpha: str) -> None:
+    lines = faults(tmp_path, f"{SMALLEST}search: {{alpha: {alpha}}}\n")
+    assert all(line.startswith("search.alpha") for line in lines[1:])
+
+
+def test_more_tasks_than_a_scenario_has_are_refused(tmp_path: Path) -> None:
+    text = SMALLEST.replace("permuted_digits", "split_digits, tasks: 6")
+    assert faults(tmp_path, text)[1:] == ["scenario.tasks: 6 is too many for split_digits; allowed: 1 to 5"]
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "many", "1.5"])
+def test_points_per_trial_is_auto_or_a_whole_number_above_zero(tmp_path: Path, value: str) -> None:
+    lines = faults(tmp_path, f"{SMALLEST}search: {{points_per_trial: {value}}}\n")
+    assert all(line.startswith("search.points_per_trial: ") for line in lines[1:])
+
+
+@pytest.mark.parametrize("name", ["../up", "a/b", "", ".hidden", "-dash", "a b", "x" * 101, "a\nb", "ü"])
+def test_a_name_that_could_lead_out_of_the_storage_is_refused(name: str) -> None:
+    with pytest.raises(InputError, match="name: "):
+        make_sweep(name=name)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[1, 2]", "just text", "scenario: {name: [", "a: &x 1\na: *y", "\tkey: 1", "seed: 1\nseed: 2\n"],
+)
+def test_a_file_that_is_no_sweep_is_refused_by_name(tmp_path: Path, text: str) -> None:
+    assert "sweep.yaml" in faults(tmp_path, text)[0]
+
+
+@pytest.mark.parametrize("section", ["scenario", "network", "search", "training"])
+def test_a_section_that_is_no_mapping_is_refused(tmp_path: Path, section: str) -> None:
+    lines = faults(tmp_path, SMALLEST, [f"{section}=5"])
+    assert any(line.startswith(f"{section}: 5: ") for line in lines[1:])
+
+
+def test_a_file_that_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="absent.yaml: cannot be read"):
+        load_sweep(tmp_path / "absent.yaml")
+
+
+def test_a_file_that_is_not_text_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="binary.yaml: cannot be read"):
+        load_sweep(tmp_path / "binary.yaml")
+
+
+# Overrides
+
+
+@pytest.mark.parametrize(
+    ("override", "changed"),
+    [
+        ("seed=7", {"seed": 7}),
+        ("training.epochs=3", {"training": {"epochs": 3}}),
+        ("search.alpha=[1e-6, [1, 2, 3]]", {"search": {"alpha": (1e-6, (1.0, 2.0, 3.0))}}),
+        ("search.learning_rate=1e-2", {"search": {"learning_rate": (0.01,)}}),
+        ("forgetting.margin=0.1%", {"forgetting": {"margin": pytest.approx(0.001)}}),
+        (" training.schedule = constant", {"training": {"schedule": "constant"}}),
+        ("network={hidden: [9]}", {"network": {"hidden": (9,)}}),
+        ("tracking.uri=postgresql://u:p@h/db?a=b", {"tracking": {"uri": "postgresql://u:p@h/db?a=b"}}),
+    ],
+)
+def test_an_override_replaces_one_value(tmp_path: Path, override: str, changed: dict[str, Any]) -> None:
+    dump = load_sweep(written(tmp_path, SMALLEST), [override]).model_dump()
+    for section, values in changed.items():
+        for key, value in values.items() if isinstance(values, dict) else [(None, values)]:
+            assert (dump[section] if key is None else dump[section][key]) == value
+
+
+def test_the_last_of_two_overrides_of_a_key_wins(tmp_path: Path) -> None:
+    assert load_sweep(written(tmp_path, SMALLEST), ["seed=1", "seed=2"]).seed == 2
+
+
+def test_an_override_leaves_its_sections_other_keys_as_they_are(tmp_path: Path) -> None:
+    path = written(tmp_path, f"{SMALLEST}training: {{epochs: 3, batch_size: 5}}\n")
+    assert load_sweep(path, ["training.epochs=4"]).training.batch_size == 5
+
+
+@pytest.mark.parametrize("override", ["seed", "=3", "seed.deep=1", "training.epochs=[", "network.hidden.0=3"])
+def test_an_override_that_cannot_be_applied_is_refused_by_name(tmp_path: Path, override: str) -> None:
+    assert faults(tmp_path, f"seed: 1\n{SMALLEST}", [override])[0].startswith(f"--set {override}: ")
+
+
+def test_a_fault_in_an_override_is_one_of_the_sweeps(tmp_path: Path) -> None:
+    assert faults(tmp_path, SMALLEST, ["training.epochs=0"])[1].startswith("training.epochs: 0: ")
+
+
+# There and back
+
+
+def test_a_resolved_sweep_reads_back_as_itself(tmp_path: Path) -> None:
+    sweep = make_sweep(
+        name="a.b-c",
+        seed=2**62,
+        search={"alpha": [1e-6, [1e-7, 0, 1.5]], "learning_rate": [1e-12], "points_per_trial": 3},
+        forgetting={"margin": "0.05%", "theta": "per_layer"},
+        storage="s3://bucket/with space #1",
+    )
+    assert load_sweep(written(tmp_path, sweep.to_yaml())) == sweep
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "sweeps").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_sweep_that_ships_loads_and_reads_back(path: Path, tmp_path: Path) -> None:
+    sweep = load_sweep(path)
+    assert load_sweep(written(tmp_path, sweep.to_yaml())) == sweep
+
+
+def test_a_resolved_sweep_writes_every_default_out() -> None:
+    text = make_sweep().to_yaml()
+    assert all(f"{key}:" in text for key in ("seed", "batch_size", "on_depletion", "validation", "uri", "gpu"))
+
+
+def test_the_schema_describes_every_key() -> None:
+    schema = Sweep.model_json_schema()
+    sections = [schema, *schema["$defs"].values()]
+    undescribed = [key for section in sections for key, value in section["properties"].items() if not value]
+    assert not undescribed
+    assert schema["$defs"]["TrainingConfig"]["properties"]["epochs"]["description"] == "Passes over the training split."
+
+
+# Differences
+
+
+def test_equal_sweeps_have_no_differences() -> None:
+    assert make_sweep().differences(make_sweep()) == []
+
+
+def test_a_difference_names_the_key_and_both_values() -> None:
+    mine, other = make_sweep(training={"epochs": 3}), make_sweep(training={"epochs": 4}, seed=5)
+    assert mine.differences(other) == ["seed: 0 here, 5 there", "training.epochs: 3 here, 4 there"]
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"name": "other"},
+        {"storage": "elsewhere"},
+        {"tracking": {"uri": "none"}},
+        {"resources": {"cpu": 2}},
+        {"scenario": {"name": "permuted_digits", "tasks": 2, "root": "elsewhere"}},
+    ],
+)
+def test_where_and_how_a_sweep_runs_is_no_difference(sections: dict[str, Any]) -> None:
+    assert make_sweep().differences(make_sweep(**sections)) == []
+
+
+def test_plain_data_give_the_same_sweep_as_a_file(tmp_path: Path) -> None:
+    raw = {"name": "sweep", "scenario": {"name": "permuted_digits"}, "network": {"hidden": [4, 4]}}
+    assert parse_sweep(raw, "test") == load_sweep(written(tmp_path, SMALLEST))

@@ -1,0 +1,226 @@
+"""Grids, keys, packs and the memory estimate."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from builders import make_point, make_state, make_sweep
+
+from clnp_search.clnp.state import Architecture
+from clnp_search.clnp.training import TrainingSettings
+from clnp_search.records import Point
+from clnp_search.search.points import (
+    MemoryEstimate,
+    auto_points_per_trial,
+    estimate_memory,
+    grid,
+    pack_name,
+    pack_points,
+    point_key,
+)
+from clnp_search.tasks import Task
+
+TASK = Task(1, "permutation-1", None, True)
+POINT = Point(3, (1e-6, 1e-5, 1e-6), 0.001)
+ARCHITECTURE = Architecture(20, (30, 40), head="multi")
+SETTINGS = TrainingSettings()
+
+
+def key(
+    parent: str = "parent", task: Task = TASK, data: str = "data", point: Point = POINT, **sections: Any
+) -> str:
+    return point_key(parent, task, data, make_sweep(**sections), point)
+
+
+def scenario(**changes: Any) -> dict[str, Any]:
+    return {"scenario": {"name": "permuted_digits", "tasks": 2} | changes}
+
+
+# Grids
+
+
+def test_a_grid_goes_alpha_by_alpha_and_rate_by_rate() -> None:
+    sweep = make_sweep(search={"alpha": [1e-6, [1, 2, 3]], "learning_rate": [0.1, 0.2]})
+    assert grid(sweep, None) == (
+        Point(0, (1e-6, 1e-6, 1e-6), 0.1),
+        Point(1, (1e-6, 1e-6, 1e-6), 0.2),
+        Point(2, (1, 2, 3), 0.1),
+        Point(3, (1, 2, 3), 0.2),
+    )
+
+
+def test_a_reused_choice_is_a_grid_of_one_point_with_index_zero() -> None:
+    assert grid(make_sweep(), Point(3, (1, 2, 3), 0.2)) == (Point(0, (1, 2, 3), 0.2),)
+
+
+# Keys
+
+
+def test_equal_ingredients_give_equal_keys() -> None:
+    assert key() == key()
+    assert len(key()) == 64
+
+
+CHANGES = {
+    "state": {"parent": "other"},
+    "data": {"data": "other"},
+    "task index": {"task": replace(TASK, index=2)},
+    "classes": {"task": replace(TASK, classes=(0, 1))},
+    "permutation": {"task": replace(TASK, permuted=False)},
+    "alpha": {"point": replace(POINT, alpha=(1e-6, 1e-5, 1e-5))},
+    "alpha order": {"point": replace(POINT, alpha=(1e-5, 1e-6, 1e-6))},
+    "learning rate": {"point": replace(POINT, learning_rate=0.002)},
+    "seed": {"seed": 1},
+    "validation": scenario(validation=100),
+    "scaling": scenario(scaling="unit"),
+    "epochs": {"training": {"epochs": 3}},
+    "batch size": {"training": {"batch_size": 3}},
+    "optimizer": {"training": {"optimizer": "sgd"}},
+    "schedule": {"training": {"schedule": "constant"}},
+    "weight decay": {"training": {"weight_decay": 0.1}},
+    "momentum": {"training": {"momentum": 0.8}},
+    "precision": {"training": {"precision": "bf16"}},
+}
+
+
+@pytest.mark.parametrize("ingredient", CHANGES)
+def test_a_key_changes_with(ingredient: str) -> None:
+    changes: dict[str, Any] = CHANGES[ingredient]
+    assert key(**changes) != key()
+
+
+def test_no_two_changes_give_the_same_key() -> None:
+    changes: list[dict[str, Any]] = list(CHANGES.values())
+    assert len({key(**each) for each in changes}) == len(CHANGES)
+
+
+def test_every_training_setting_is_an_ingredient() -> None:
+    assert {"epochs", "batch_size", "optimizer", "schedule", "weight_decay", "momentum", "precision"} == set(
+        make_sweep().training.model_dump()
+    )
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"name": "other"},
+        {"storage": "elsewhere"},
+        {"tracking": {"uri": "none"}},
+        {"resources": {"cpu": 2}},
+        {"forgetting": {"margin": "1%", "theta": "per_layer", "sparsity": "weights"}},
+        {"capacity": {"on_depletion": "stop"}},
+        {"search": {"alpha": 5, "learning_rate": 7, "tasks": "first", "points_per_trial": 1, "max_failures": 0}},
+        scenario(tasks=3),
+        scenario(root="elsewhere"),
+    ],
+)
+def test_a_key_does_not_change_with_what_acts_elsewhere(sections: dict[str, Any]) -> None:
+    assert key(**sections) == key()
+
+
+def test_a_key_does_not_change_with_the_points_place_in_the_grid() -> None:
+    assert key(point=replace(POINT, index=9)) == key()
+
+
+def test_a_pack_is_named_by_its_points() -> None:
+    names = {pack_name(keys) for keys in (["a", "b"], ["a"], ["b"], ["b", "a"])}
+    assert len(names) == 4
+    assert pack_name(["a", "b"]) in names
+
+
+# Packs
+
+
+@pytest.mark.parametrize("num_points", range(1, 25))
+def test_packs_cover_each_point_once_evenly_and_within_the_limit(num_points: int) -> None:
+    points = [make_point(index, learning_rate=rate) for index, rate in enumerate([0.1, 0.3, 0.2] * 8)][:num_points]
+    for points_per_trial in range(1, 26):
+        packs = pack_points(points, points_per_trial)
+        sizes = [len(pack) for pack in packs]
+        assert sorted(itertools.chain(*packs)) == list(range(num_points))
+        assert 0 < max(sizes) <= points_per_trial
+        assert max(sizes) - min(sizes) <= 1
+
+
+def test_points_of_equal_learning_rate_stand_together() -> None:
+    points = [make_point(index, learning_rate=rate) for index, rate in enumerate([0.2, 0.1, 0.2, 0.1])]
+    assert pack_points(points, 2) == ((1, 3), (0, 2))
+    assert pack_points(points, 4) == ((1, 3, 0, 2),)
+
+
+@pytest.mark.parametrize(
+    ("num_points", "num_slots", "available", "expected"),
+    [
+        (12, 1, 10_000, 12),  # one device trains all together
+        (12, 4, 10_000, 3),  # every device has work
+        (13, 4, 10_000, 4),
+        (3, 8, 10_000, 1),
+        (12, 1, 160, 6),  # what fits the memory
+        (12, 1, 50, 1),  # one point at least, if even that does not fit
+        (12, 1, 119, 1),
+    ],
+)
+def test_auto_keeps_all_slots_busy_within_their_memory(
+    num_points: int, num_slots: int, available: int, expected: int
+) -> None:
+    memory = MemoryEstimate(fixed=100, per_point=10)
+    assert auto_points_per_trial(num_points, num_slots, memory, available) == expected
+
+
+# Memory
+
+
+def estimate(
+    architecture: Architecture = ARCHITECTURE,
+    num_classes: int = 10,
+    num_train: int = 1000,
+    num_validation: int = 100,
+    settings: TrainingSettings = SETTINGS,
+    num_tasks: int = 0,
+) -> MemoryEstimate:
+    return estimate_memory(
+        make_state(architecture, num_tasks), num_classes, num_train, num_validation, settings
+    )
+
+
+def test_more_points_need_more_memory() -> None:
+    totals = [estimate().total(num_points) for num_points in (1, 2, 8)]
+    assert totals == sorted(set(totals))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"num_classes": 11},
+        {"num_train": 1100},
+        {"num_validation": 200},
+        {"settings": replace(SETTINGS, batch_size=512)},
+        {"architecture": replace(ARCHITECTURE, in_features=30)},
+        {"architecture": replace(ARCHITECTURE, hidden=(31, 40))},
+        {"architecture": replace(ARCHITECTURE, hidden=(30, 41))},
+        {"architecture": replace(ARCHITECTURE, hidden=(30, 40, 40))},
+    ],
+)
+def test_more_of_anything_needs_more_memory(more: dict[str, Any]) -> None:
+    assert estimate(**more).total(4) > estimate().total(4)
+
+
+def test_frozen_units_move_memory_from_the_points_to_the_shared_part() -> None:
+    before, after = estimate(), estimate(num_tasks=1)
+    assert after.per_point < before.per_point
+    assert after.fixed > before.fixed
+
+
+def test_a_single_heads_last_layer_needs_no_cache_of_frozen_units() -> None:
+    multi, single = (estimate(replace(ARCHITECTURE, head=head), num_tasks=1) for head in ("multi", "single"))
+    assert single.fixed < multi.fixed
+
+
+@pytest.mark.parametrize("head", ["multi", "single"])
+def test_a_full_network_can_be_planned(head: str) -> None:
+    full = make_state(replace(ARCHITECTURE, head=head), 1, theta=-1.0)
+    memory = estimate_memory(full, 2, 1000, 100, SETTINGS)
+    assert auto_points_per_trial(12, 1, memory, memory.total(100)) == 12
