@@ -338,9 +338,10 @@ def _faults_between_sections(raw: dict[str, Any]) -> Iterator[str]:
                 f"(one for each of the {wanted - 1} hidden layers, the head last)"
             )
     if isinstance(scenario, dict) and scenario.get("name") in SCENARIOS:
-        most, tasks = SCENARIOS[scenario["name"]].max_tasks, scenario.get("tasks", 1)
-        if isinstance(tasks, int) and tasks > most:
-            yield f"scenario.tasks: {tasks} is too many for {scenario['name']}; allowed: 1 to {most}"
+        allowed, tasks = SCENARIOS[scenario["name"]].allowed_tasks, scenario.get("tasks")
+        if allowed and isinstance(tasks, int) and tasks not in allowed:
+            listed = ", ".join(map(str, allowed))
+            yield f"scenario.tasks: {tasks} tasks cannot share the classes of {scenario['name']}; allowed: {listed}"
 
 
 def _explain(detail: Any) -> str:

@@ -46,6 +46,8 @@ from clnp_search.storage import RunFolder
 from clnp_search.tasks import SCENARIOS, Split, Task, TaskData
 
 if TYPE_CHECKING:
+    from ray import ObjectRef
+
     from clnp_search.search.cluster import Cluster
 
 logger = logging.getLogger(__name__)
@@ -170,8 +172,9 @@ class Runner:
             settings=sweep.training.settings,
             seed=sweep.seed,
         )
-        records = self._train(inputs)
-        scans = self._scan(inputs, records)
+        shared = self._cluster.share(inputs)
+        records = self._train(shared, plan)
+        scans = self._scan(shared, index, records)
         choice = selection.choose(records, scans, sweep.forgetting.margin, sweep.forgetting.sparsity)
         scan = next(scan for scan in scans if scan.point == choice.chosen)
         assert scan.theta is not None
@@ -240,16 +243,17 @@ class Runner:
         assert choice is not None, "task 0 is committed"
         return first.points[choice.chosen]
 
-    def _train(self, inputs: TaskInputs) -> list[PointRecord]:
+    def _train(self, shared: ObjectRef, plan: TaskPlan) -> list[PointRecord]:
         """Trains what is missing; every point of the plan has a record afterwards."""
-        plan, folder = inputs.plan, self._folder
+        folder = self._folder
         recorded = {point.index for point in plan.points if self._is_recorded(plan, point)}
         for listener in self._listeners:
             listener.task_planned(plan, len(recorded))
         missing = [index for index, pack in enumerate(plan.packs) if not recorded.issuperset(pack)]
-        failed = (
-            self._cluster.train(inputs, missing, self._sweep.search.max_failures, self._training) if missing else {}
-        )
+        failed: dict[int, str] = {}
+        if missing:
+            retries = self._sweep.search.max_failures
+            failed = self._cluster.train(shared, plan, missing, folder.ray_folder, retries, self._training)
         for index, pack in enumerate(plan.packs):
             for point in (plan.points[position] for position in pack):
                 if folder.read_point(plan.task, point.name) is None:
@@ -272,9 +276,9 @@ class Runner:
         for listener in self._listeners:
             listener.training(progress)
 
-    def _scan(self, inputs: TaskInputs, records: Sequence[PointRecord]) -> list[ScanRecord]:
+    def _scan(self, shared: ObjectRef, task: int, records: Sequence[PointRecord]) -> list[ScanRecord]:
         """A threshold scan of every candidate; some may be recorded already."""
-        rule, task = self._sweep.forgetting.theta, inputs.plan.task
+        rule = self._sweep.forgetting.theta
         limit, inside = selection.candidates(records, self._sweep.forgetting.margin)
         fingerprint = f"{rule}-{limit}"
         scans, missing = [], []
@@ -284,7 +288,7 @@ class Runner:
                 missing.append(record.point)
             else:
                 scans.append(scan)
-        for scan in self._cluster.scan(inputs, missing, limit, rule):
+        for scan in self._cluster.scan(shared, missing, limit, rule):
             self._folder.write_scan(task, scan, fingerprint)
             scans.append(scan)
             for listener in self._listeners:

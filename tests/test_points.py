@@ -29,9 +29,7 @@ ARCHITECTURE = Architecture(20, (30, 40), head="multi")
 SETTINGS = TrainingSettings()
 
 
-def key(
-    parent: str = "parent", task: Task = TASK, data: str = "data", point: Point = POINT, **sections: Any
-) -> str:
+def key(parent: str = "parent", task: Task = TASK, data: str = "data", point: Point = POINT, **sections: Any) -> str:
     return point_key(parent, task, data, make_sweep(**sections), point)
 
 
@@ -64,7 +62,7 @@ def test_equal_ingredients_give_equal_keys() -> None:
     assert len(key()) == 64
 
 
-CHANGES = {
+CHANGES: dict[str, dict[str, Any]] = {
     "state": {"parent": "other"},
     "data": {"data": "other"},
     "task index": {"task": replace(TASK, index=2)},
@@ -88,13 +86,11 @@ CHANGES = {
 
 @pytest.mark.parametrize("ingredient", CHANGES)
 def test_a_key_changes_with(ingredient: str) -> None:
-    changes: dict[str, Any] = CHANGES[ingredient]
-    assert key(**changes) != key()
+    assert key(**CHANGES[ingredient]) != key()
 
 
 def test_no_two_changes_give_the_same_key() -> None:
-    changes: list[dict[str, Any]] = list(CHANGES.values())
-    assert len({key(**each) for each in changes}) == len(CHANGES)
+    assert len({key(**each) for each in CHANGES.values()}) == len(CHANGES)
 
 
 def test_every_training_setting_is_an_ingredient() -> None:
@@ -181,9 +177,7 @@ def estimate(
     settings: TrainingSettings = SETTINGS,
     num_tasks: int = 0,
 ) -> MemoryEstimate:
-    return estimate_memory(
-        make_state(architecture, num_tasks), num_classes, num_train, num_validation, settings
-    )
+    return estimate_memory(make_state(architecture, num_tasks), num_classes, num_train, num_validation, settings)
 
 
 def test_more_points_need_more_memory() -> None:

@@ -11,7 +11,7 @@ a layer, I free units of the layer below, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -284,9 +284,9 @@ class Pack:
                 total += values.sum(1, dtype=torch.float64)
         return [total / len(features) for total in sums]
 
-    def finite(self) -> list[bool]:
-        """For each point, whether all its parameters are finite."""
-        checks = [parameter.isfinite().flatten(1).all(1) for parameter in self.parameters]
+    def finite(self, activities: Sequence[Tensor] = ()) -> list[bool]:
+        """For each point, whether all its parameters, and its units' activities [P, F], are finite."""
+        checks = [values.isfinite().flatten(1).all(1) for values in (*self.parameters, *activities)]
         return torch.stack(checks).all(0).tolist()
 
     def point(self, position: int, activities: list[Tensor]) -> FreeParameters:

@@ -267,7 +267,7 @@ class FreeParameters:
             are the frozen units of the layer below in ascending order, then its free units.
         biases: For each hidden layer [F].
         head_weight: [C, A + F'] (multi) or [C, F'] (single), over the last hidden layer in the same order.
-        head_bias: [C], or None where the state's own bias applies or there is none.
+        head_bias: [C] (where an earlier task froze it, that one), or None if the head has no bias.
         activities: For each hidden layer [F] float64, the mean post-activation value over the training split.
     """
 

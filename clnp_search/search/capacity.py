@@ -6,9 +6,12 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from clnp_search.config import ResourcesConfig
 from clnp_search.errors import InputError
+
+if TYPE_CHECKING:
+    from clnp_search.config import ResourcesConfig
 
 # Of a slot's memory, what a trial may plan with.
 MEMORY_SHARE = 0.8

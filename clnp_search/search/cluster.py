@@ -1,4 +1,9 @@
-"""Ray: where packs are trained (as Tune trials) and candidates are scanned (as tasks)."""
+"""Ray: where packs are trained (as Tune trials) and candidates are scanned (as tasks).
+
+A Tune trial holds its resources and watches over its pack, which is trained by a Ray task inside them. Processes that
+train or scan have imported torch, and Ray keeps them for the next task's packs and scans; a trial's own process is
+new for every experiment, so this module imports nothing heavy.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +12,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # Before ray is imported: no usage data, no second `uv run` around every worker, no progress printing of its own, one
 # working folder for all trials, and an interrupt that reaches the driver instead of only pausing Tune.
@@ -23,12 +28,14 @@ os.environ.setdefault("RAY_num_workers_soft_limit", str(2 * (os.cpu_count() or 1
 import ray
 from ray import tune
 
-from clnp_search.config import ResourcesConfig
 from clnp_search.errors import InputError
-from clnp_search.records import PackProgress, Point, ScanRecord
+from clnp_search.records import PackProgress
 from clnp_search.search.capacity import MEMORY_SHARE, Node, capacity_of
-from clnp_search.search.trial import TaskInputs, run_pack, scan_point
-from clnp_search.storage import RunFolder
+
+if TYPE_CHECKING:
+    from clnp_search.config import ResourcesConfig
+    from clnp_search.records import Point, ScanRecord, TaskPlan
+    from clnp_search.search.trial import TaskInputs
 
 logger = logging.getLogger(__name__)
 
@@ -74,24 +81,34 @@ class Cluster:
         whole = ray.get(_gpu_bytes.options(num_gpus=self.resources.gpu).remote())
         return int(whole * min(1.0, self.resources.gpu) * MEMORY_SHARE)
 
+    def share(self, inputs: TaskInputs) -> ray.ObjectRef:
+        """Puts a task's inputs into the object store, from where its trials and scans read them."""
+        return ray.put(inputs)
+
     def train(
         self,
-        inputs: TaskInputs,
+        shared: ray.ObjectRef,
+        plan: TaskPlan,
         packs: Sequence[int],
+        ray_folder: tuple[str, Any],
         max_failures: int,
         listen: Callable[[PackProgress], None],
     ) -> dict[int, str]:
         """Trains packs of a task as Tune trials, each of which writes its points to the run folder.
 
+        Args:
+            shared: The task's inputs.
+            ray_folder: Where Tune keeps its experiments: a path, and its pyarrow filesystem.
+
         Returns:
             For each pack that failed for good, the reason.
         """
-        plan = inputs.plan
-        path, filesystem = RunFolder(inputs.run).ray_folder
-        trainable = tune.with_parameters(_train_trial, inputs=inputs)
-        bundle = {"CPU": self.resources.cpu} | ({"GPU": self.resources.gpu} if self.resources.gpu else {})
+        path, filesystem = ray_folder
+        bundle = {"CPU": float(self.resources.cpu)} | ({"GPU": self.resources.gpu} if self.resources.gpu else {})
+        # A reference inside a list stays one: the trial hands it on without reading the inputs itself.
+        trainable = tune.with_parameters(_train_trial, shared=[shared], bundle=bundle)
         tuner = tune.Tuner(
-            tune.with_resources(trainable, tune.PlacementGroupFactory([bundle])),
+            tune.with_resources(trainable, tune.PlacementGroupFactory([{}, bundle])),
             param_space={"pack": tune.grid_search(list(packs))},
             tune_config=tune.TuneConfig(reuse_actors=True),
             run_config=tune.RunConfig(
@@ -104,17 +121,12 @@ class Cluster:
                 verbose=0,
             ),
         )
-        grid = tuner.fit()
-        failed = {}
-        for result in grid:
-            if result.error is not None:
-                failed[result.config["pack"]] = str(result.error).strip().splitlines()[-1]
-        return failed
+        results = tuner.fit()
+        return {result.config["pack"]: str(result.error).strip().splitlines()[-1] for result in results if result.error}
 
-    def scan(self, inputs: TaskInputs, points: Sequence[Point], min_correct: int, rule: str) -> Iterator[ScanRecord]:
+    def scan(self, shared: ray.ObjectRef, points: Sequence[Point], min_correct: int, rule: str) -> Iterator[ScanRecord]:
         """Scans candidates in parallel; gives each record as it is done."""
-        shared = ray.put(inputs)
-        remote = _scan_task.options(num_cpus=self.resources.cpu, num_gpus=self.resources.gpu or None)
+        remote = _scan_task.options(num_cpus=self.resources.cpu, num_gpus=self.resources.gpu)
         waiting = [remote.remote(shared, point, min_correct, rule) for point in points]
         while waiting:
             done, waiting = ray.wait(waiting)
@@ -149,13 +161,28 @@ def connect(address: str, resources: ResourcesConfig) -> Iterator[Cluster]:
         ray.shutdown()
 
 
-def _train_trial(config: dict[str, Any], inputs: TaskInputs) -> None:
+def _train_trial(config: dict[str, Any], shared: list[ray.ObjectRef], bundle: dict[str, float]) -> None:
+    """A Tune trial: runs its pack inside the trial's resources and reports what comes of it."""
+    task = _pack_task.options(num_cpus=bundle["CPU"], num_gpus=bundle.get("GPU", 0))
+    for progress in task.remote(shared[0], config["pack"]):
+        tune.report(ray.get(progress))
+
+
+@ray.remote(max_retries=0)
+def _pack_task(inputs: TaskInputs, pack: int) -> Iterator[dict[str, float]]:
+    from clnp_search.search.trial import run_pack
+
     plan = inputs.plan
-    run_pack(inputs, [plan.points[index] for index in plan.packs[config["pack"]]], tune.report)
+    for training in run_pack(inputs, [plan.points[index] for index in plan.packs[pack]]):
+        yield {"epochs_done": training.epoch, "best_val_accuracy": training.best_val_accuracy}
+    # A trial without a result counts as failed; points that had been finished before give none.
+    yield {"done": True}
 
 
 @ray.remote(max_retries=2)
 def _scan_task(inputs: TaskInputs, point: Point, min_correct: int, rule: str) -> ScanRecord:
+    from clnp_search.search.trial import scan_point
+
     return scan_point(inputs, point, min_correct, rule)
 
 

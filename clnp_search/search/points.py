@@ -109,5 +109,5 @@ def auto_points_per_trial(num_points: int, num_slots: int, memory: MemoryEstimat
         num_slots: Trials that run at the same time.
         available_bytes: Memory of one slot.
     """
-    fitting = max(1, (available_bytes - memory.fixed) // memory.per_point)
+    fitting = max(1, (available_bytes - memory.fixed) // max(1, memory.per_point))
     return int(min(math.ceil(num_points / max(1, num_slots)), fitting))

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
@@ -21,8 +20,6 @@ from clnp_search.tasks import RawData, Task, TaskData
 
 CHECKPOINT_EVERY_S = 20.0
 REPORT_EVERY_S = 0.5
-
-Report = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -44,14 +41,14 @@ class TaskInputs:
         return self.task.data(self.raw, self.validation, self.scaling, self.seed)
 
 
-def run_pack(inputs: TaskInputs, points: Sequence[Point], report: Report) -> None:
-    """Gives every point of a pack its record: trained, or failed with the reason.
+def run_pack(inputs: TaskInputs, points: Sequence[Point]) -> Iterator[Training]:
+    """Gives every point of a pack its record: trained, or failed with the reason; shows the training as it goes.
 
     Raises:
         OSError: The run folder cannot be read or written; worth another try, as is the death of this process.
     """
     try:
-        train_pack(inputs, points, report)
+        yield from train_pack(inputs, points)
     except OSError:
         raise
     except Exception as error:
@@ -62,17 +59,16 @@ def run_pack(inputs: TaskInputs, points: Sequence[Point], report: Report) -> Non
                 folder.write_point(
                     plan.task, PointRecord(plan.keys[point.index], point, "failed", 0, 0, reason=reason), None
                 )
-        report({"epochs_done": 0, "best_val_accuracy": 0.0})
 
 
-def train_pack(inputs: TaskInputs, points: Sequence[Point], report: Report, notes: tuple[str, ...] = ()) -> None:
+def train_pack(inputs: TaskInputs, points: Sequence[Point], notes: tuple[str, ...] = ()) -> Iterator[Training]:
     """Trains a pack's points and writes each one's record and parameters to the run folder.
 
     Goes on from the pack's checkpoint if there is one; points that are recorded already are not written again. If
     the device runs out of memory the pack is trained in two halves, and the records say so.
     """
     try:
-        _train(inputs, points, report, notes)
+        yield from _train(inputs, points, notes)
     except (MemoryError, RuntimeError) as error:
         if len(points) == 1 or not _out_of_memory(error):
             raise
@@ -84,10 +80,10 @@ def train_pack(inputs: TaskInputs, points: Sequence[Point], report: Report, note
         torch.cuda.empty_cache()
     middle = len(points) // 2
     for half in (points[:middle], points[middle:]):
-        train_pack(inputs, half, report, (*notes, note))
+        yield from train_pack(inputs, half, (*notes, note))
 
 
-def _train(inputs: TaskInputs, points: Sequence[Point], report: Report, notes: tuple[str, ...]) -> None:
+def _train(inputs: TaskInputs, points: Sequence[Point], notes: tuple[str, ...]) -> Iterator[Training]:
     folder, task, keys = RunFolder(inputs.run), inputs.plan.task, inputs.plan.keys
     missing = [point for point in points if folder.read_point(task, point.name) is None]
     if not missing:
@@ -111,9 +107,10 @@ def _train(inputs: TaskInputs, points: Sequence[Point], report: Report, notes: t
             folder.write_checkpoint(task, name, training.to_bytes())
             saved = time.perf_counter()
         if training.finished or time.perf_counter() - reported > REPORT_EVERY_S:
-            report({"epochs_done": training.epoch, "best_val_accuracy": training.best_val_accuracy})
+            yield training
             reported = time.perf_counter()
-    activities, correct, finite = pack.activities(train), pack.num_correct(training.validation), pack.finite()
+    activities, correct = pack.activities(train), pack.num_correct(training.validation)
+    finite = pack.finite(activities)
     seconds = (time.perf_counter() - started) / len(points)
     for position, point in enumerate(points):
         if point not in missing:
@@ -131,7 +128,7 @@ def _train(inputs: TaskInputs, points: Sequence[Point], report: Report, notes: t
         if finite[position]:
             folder.write_point(task, record, pack.point(position, activities))
         else:
-            reason = "diverged: a parameter is not finite"
+            reason = "diverged: a parameter or an activity is not finite"
             folder.write_point(task, replace(record, status="failed", val_correct=0, reason=reason), None)
     folder.delete_checkpoint(task, name)
 

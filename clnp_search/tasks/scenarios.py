@@ -101,14 +101,14 @@ class Scenario:
         load: Reads the data set from a root folder.
         split: Whether each task has some of the classes, instead of all of them under its own permutation.
         validation: Default size of the validation split.
-        max_tasks: The longest possible sequence.
+        allowed_tasks: The lengths that a sequence may have; empty for any.
     """
 
     load: Callable[[Path], RawData]
     split: bool
     tasks: int
     validation: int
-    max_tasks: int = 1000
+    allowed_tasks: tuple[int, ...] = ()
 
     def task(self, index: int, num_tasks: int) -> Task:
         """Task `index` of a sequence of `num_tasks`."""
@@ -122,6 +122,6 @@ class Scenario:
 SCENARIOS = {
     "permuted_digits": Scenario(load_digits, split=False, tasks=5, validation=300),
     "permuted_mnist": Scenario(load_mnist, split=False, tasks=10, validation=10000),
-    "split_digits": Scenario(load_digits, split=True, tasks=5, validation=60, max_tasks=5),
-    "split_mnist": Scenario(load_mnist, split=True, tasks=5, validation=2000, max_tasks=5),
+    "split_digits": Scenario(load_digits, split=True, tasks=5, validation=60, allowed_tasks=(1, 2, 5)),
+    "split_mnist": Scenario(load_mnist, split=True, tasks=5, validation=2000, allowed_tasks=(1, 2, 5)),
 }

@@ -16,7 +16,7 @@ from clnp_search.clnp.state import Architecture, FreeParameters, State
 from clnp_search.clnp.training import TrainingSettings, cross_entropy
 
 SMALL = Architecture(3, (5, 6))
-ALPHAS = [(0.0, 0.0, 0.0), (0.01, 0.02, 0.03), (0.1, 0.0, 0.2)]
+ALPHAS: list[tuple[float, ...]] = [(0.0, 0.0, 0.0), (0.01, 0.02, 0.03), (0.1, 0.0, 0.2)]
 ACTIVATIONS = {"relu": torch.relu, "sigmoid": torch.sigmoid, "tanh": torch.tanh}
 
 
@@ -146,7 +146,7 @@ def test_training_ends_where_a_plain_training_loop_ends(kind: str, schedule: str
     state = make_state(replace(SMALL, activation="tanh"), 1)
     settings = TrainingSettings(3, 8, kind, schedule, weight_decay=0.01)
     rates = [0.01, 0.01, 0.02]
-    alphas = [(0.01, 0.02, 0.03), (0.1, 0.05, 0.2), (0.02, 0.02, 0.02)]
+    alphas: list[tuple[float, ...]] = [(0.01, 0.02, 0.03), (0.1, 0.05, 0.2), (0.02, 0.02, 0.02)]
     pack, training = make_training(state, alphas, rates, settings, device)
     twins = [plain(state, pack, position) for position in range(3)]
     run_all(training)
@@ -245,6 +245,11 @@ def test_a_pack_holds_no_parameter_of_a_frozen_unit() -> None:
     assert all(0 < units < total for units, total in zip(free, SMALL.hidden, strict=True))
 
 
+def test_a_single_head_never_computes_frozen_units_of_the_last_layer() -> None:
+    widths = [Pack(make_state(replace(SMALL, head=head), 1), 2, ALPHAS, 0).trunk.widths for head in ("multi", "single")]
+    assert [len(each) for each in widths] == [3, 2]
+
+
 def test_finite_names_the_points_with_a_value_that_is_not() -> None:
     pack = Pack(State.empty(SMALL), 2, ALPHAS, 0)
     pack.layers[1].own[2, 0, 0] = float("nan")
@@ -286,7 +291,7 @@ def test_initial_weights_fill_plus_minus_one_over_the_root_of_the_fan_in(head: s
     free = len(state.layers[-1].free)
     for layer, fan_in in zip([*pack.layers, pack.head], (40, 30, free if head == "single" else 60), strict=True):
         largest = torch.cat([layer.shared.flatten(), layer.own.flatten()]).abs().max().item()
-        assert 0.95 * fan_in**-0.5 < largest <= fan_in**-0.5
+        assert 0.99 * fan_in**-0.5 < largest <= fan_in**-0.5
         assert not layer.bias.any() or layer is pack.head
 
 
@@ -361,6 +366,14 @@ def test_activity_of_a_unit_that_is_below_zero_is_its_mean_absolute_value() -> N
     inputs = torch.tensor([[-2.0], [1.0]])
     activity = pack.activities(pack.features(inputs, torch.tensor([0, 1])))[0]
     assert_close(activity, inputs.double().tanh().abs().mean()[None, None], 1e-6)
+
+
+def test_activities_are_summed_in_float64() -> None:
+    pack = Pack(State.empty(Architecture(1, (1,))), 2, [(0.0, 0.0)], 0)
+    pack.layers[0].shared.fill_(1.0)
+    inputs, labels = make_samples(EVALUATION_BATCH, in_features=1)
+    activity = pack.activities(pack.features(inputs, labels))[0].item()
+    assert activity == pytest.approx(inputs.double().relu().mean().item(), rel=1e-14)
 
 
 def test_a_point_carries_its_own_activities_in_float64() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -143,7 +144,7 @@ def test_columns_of_trained_rows_are_frozen_units_then_free_ones() -> None:
 
 def test_a_later_commit_leaves_frozen_rows_bit_identical() -> None:
     states = [make_state(DEEP, num_tasks) for num_tasks in (1, 2, 3)]
-    for before, after in zip(states, states[1:], strict=False):
+    for before, after in itertools.pairwise(states):
         for old, new in zip(before.layers, after.layers, strict=True):
             rows = old.active(before.num_tasks)
             assert torch.equal(old.weight[rows], new.weight[rows])
@@ -246,7 +247,7 @@ def test_a_parameter_that_is_not_finite_is_never_committed(part: str, value: flo
     tensor = parts[part]
     assert tensor is not None
     tensor.view(-1)[0] = value
-    with pytest.raises(ValueError, match="task 0 cannot be committed.*not finite"):
+    with pytest.raises(ValueError, match=r"task 0 cannot be committed.*not finite"):
         commit(state, make_info(), trained, (-1.0, -1.0))
 
 
@@ -412,7 +413,7 @@ def test_a_point_file_that_was_cut_short_raises_value_error(length: int) -> None
 
 def test_a_state_file_of_another_format_names_both_formats() -> None:
     data = make_state(DEEP, 1).to_bytes().replace(b"clnp-state-1", b"clnp-state-9")
-    with pytest.raises(ValueError, match="clnp-state-9.*clnp-state-1"):
+    with pytest.raises(ValueError, match=r"clnp-state-9.*clnp-state-1"):
         State.from_bytes(data)
 
 

@@ -1,0 +1,445 @@
+"""MLflow as a projection of the run folder: a real SQLite store, and a real server on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from builders import make_sweep, write_run
+from mlflow import MlflowClient
+
+from clnp_search.clnp.subnetwork import Subnetwork
+from clnp_search.config import Sweep, TrackingConfig
+from clnp_search.records import summarise
+from clnp_search.report.figures import draw_run
+from clnp_search.storage import RunFolder, run_folder
+from clnp_search.tracking import mlflow as tracking
+from clnp_search.tracking.mlflow import MlflowTracker, TrackingUnavailable
+
+Snapshot = dict[str, dict[str, Any]]
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The ``noload`` loader strategy",  # MLflow 3.17 on SQLAlchemy 2.1
+)
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An SQLite store that all tests share, because making its tables takes seconds; each has its own experiment."""
+    return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
+
+
+@pytest.fixture
+def sweep(database: str, request: pytest.FixtureRequest) -> Sweep:
+    return at(make_sweep(name=request.node.name[:90].rstrip("]").replace("[", "-")), database)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    return run_folder(str(tmp_path), "run")
+
+
+@pytest.fixture
+def finished(folder: RunFolder, sweep: Sweep) -> RunFolder:
+    """A finished run of two tasks, with its figures."""
+    for _ in write_run(folder, sweep):
+        pass
+    summary = folder.read_summary()
+    assert summary is not None
+    draw_run(folder, summary)
+    return folder
+
+
+def at(sweep: Sweep, uri: str) -> Sweep:
+    return sweep.model_copy(update={"tracking": TrackingConfig(uri=uri)})
+
+
+def runs_of(sweep: Sweep) -> dict[str, Any]:
+    """The experiment's runs by title, with the task's before a point's."""
+    client = MlflowClient(sweep.tracking.uri)
+    experiment = client.get_experiment_by_name(sweep.name)
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id], max_results=1000)
+    titles = {run.info.run_id: run.info.run_name for run in runs}
+    named = {}
+    for run in runs:
+        path = [run.info.run_name]
+        if run.data.tags["clnp.level"] == "point":
+            path.insert(0, titles[run.data.tags["mlflow.parentRunId"]])
+        named["/".join(path)] = run
+    assert len(named) == len(runs), "a run is there twice"
+    return named
+
+
+def snapshot(sweep: Sweep) -> Snapshot:
+    """All that the experiment holds, but for ids and times."""
+    client, named = MlflowClient(sweep.tracking.uri), runs_of(sweep)
+    titles = {run.info.run_id: title for title, run in named.items()}
+    seen = {}
+    for title, run in named.items():
+        tags = {key: text for key, text in run.data.tags.items() if key not in ("clnp.key", "mlflow.parentRunId")}
+        seen[title] = {
+            "parent": titles.get(run.data.tags.get("mlflow.parentRunId", "")),
+            "status": run.info.status,
+            "params": run.data.params,
+            "tags": tags,
+            "metrics": {key: history(client, run, key) for key in run.data.metrics},
+            "artifacts": sorted(artifacts(client, run.info.run_id)),
+        }
+    return seen
+
+
+def history(client: MlflowClient, run: Any, key: str) -> list[tuple[int, float]]:
+    return sorted((metric.step, metric.value) for metric in client.get_metric_history(run.info.run_id, key))
+
+
+def artifacts(client: MlflowClient, run_id: str, folder: str = "") -> Iterator[str]:
+    for entry in client.list_artifacts(run_id, folder):
+        if entry.is_dir:
+            yield from artifacts(client, run_id, entry.path)
+        else:
+            yield entry.path
+
+
+@contextmanager
+def server(database: str, folder: Path, port: int) -> Iterator[str]:
+    """A tracking server on this machine; gives its address once it answers."""
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", database, "--workers", "1"]
+    command += ["--artifacts-destination", str(folder / "served"), "--host", "127.0.0.1", "--port", str(port)]
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    uri = f"http://127.0.0.1:{port}"
+    with open(folder / "server.log", "wb") as log:
+        process = subprocess.Popen(
+            command, env=environment, cwd=folder, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            for _ in range(600):
+                try:
+                    urllib.request.urlopen(f"{uri}/health", timeout=1).close()
+                    break
+                except OSError:
+                    with pytest.raises(subprocess.TimeoutExpired):  # it is still running
+                        process.wait(0.2)
+            yield uri
+        finally:
+            os.killpg(process.pid, signal.SIGTERM)  # it and its worker, nothing else
+            process.wait(60)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def test_three_levels_hang_together_by_parent_tags(finished: RunFolder, sweep: Sweep) -> None:
+    MlflowTracker(finished, sweep).sync()
+    seen = snapshot(sweep)
+    assert len(seen) == 1 + 2 + 2 * 4
+    levels = {
+        title: (run["tags"]["clnp.level"], run["tags"].get("clnp.task"), run["parent"]) for title, run in seen.items()
+    }
+    assert levels["run"] == ("sequence", None, None)
+    assert levels["task 1: task-1"] == ("task", "1", "run")
+    assert levels["task 1: task-1/p002 alpha=0.001 lr=0.01"] == ("point", "1", "task 1: task-1")
+    assert all(run["tags"]["clnp.sequence"] == "run" for run in seen.values())
+
+
+def test_swept_values_are_params_and_metrics(finished: RunFolder, sweep: Sweep) -> None:
+    MlflowTracker(finished, sweep).sync()
+    point = snapshot(sweep)["task 0: task-0/p002 alpha=0.001 lr=0.01"]
+    layers = {f"alpha.{layer}": "0.001" for layer in ("hidden0", "hidden1", "head")}
+    assert point["params"] == {"alpha": "0.001", "learning_rate": "0.01", **layers}
+    assert point["metrics"]["hp/alpha"] == [(0, 0.001)]
+    assert point["metrics"]["hp/alpha.head"] == [(0, 0.001)]
+    assert point["metrics"]["hp/learning_rate"] == [(0, 0.01)]
+
+
+def test_an_alpha_for_each_layer_is_a_list_and_its_mean(folder: RunFolder, sweep: Sweep) -> None:
+    sweep = at(
+        make_sweep(name=sweep.name, search={"alpha": [[0.1, 0.2, 0.6]], "learning_rate": [0.01, 0.02, 0.03]}),
+        sweep.tracking.uri,
+    )
+    for _ in write_run(folder, sweep, num_tasks=1):
+        pass
+    MlflowTracker(folder, sweep).sync()
+    point = snapshot(sweep)["task 0: task-0/p001 alpha=[0.1, 0.2, 0.6] lr=0.02"]
+    assert point["params"]["alpha"] == "[0.1, 0.2, 0.6]"
+    assert point["metrics"]["hp/alpha"] == [(0, pytest.approx(0.3))]
+    assert point["metrics"]["hp/alpha.hidden1"] == [(0, 0.2)]
+
+
+def test_curves_are_complete(finished: RunFolder, sweep: Sweep) -> None:
+    MlflowTracker(finished, sweep).sync()
+    seen = snapshot(sweep)
+    point = seen["task 0: task-0/p001 alpha=0 lr=0.02"]["metrics"]
+    assert point["train/loss"] == [(0, 2.0), (1, 1.0), (2, 0.0)]
+    assert point["val/accuracy"] == [(0, 0.5), (1, 0.6), (2, 0.7)]
+    assert point["val/unpruned_accuracy"] == [(0, 0.9701)]
+    assert point["theta/value"] == [(0, 1.5), (1, 0.6), (2, 0.0)]
+    assert point["theta/active"] == [(0, 2), (1, 4), (2, 6)]
+    assert point["prune/theta"] == [(0, 0.6)]
+    sequence = seen["run"]["metrics"]
+    assert sequence["test/task0"] == [(0, 0.9), (1, 0.9)]
+    assert sequence["test/task1"] == [(1, 0.91)]
+    results = finished.read_results()
+    assert sequence["capacity/hidden1/free"] == [
+        (index, result.units["hidden1"].free) for index, result in enumerate(results)
+    ]
+
+
+def test_the_choice_is_tagged_and_explained(finished: RunFolder, sweep: Sweep) -> None:
+    MlflowTracker(finished, sweep).sync()
+    seen = snapshot(sweep)
+    result = finished.read_results()[0]
+    chosen = {title for title, run in seen.items() if run["tags"].get("selected") == "true"}
+    assert chosen == {f"task {task}: task-{task}/p002 alpha=0.001 lr=0.01" for task in (0, 1)}
+    assert sum(run["tags"].get("selected") == "false" for run in seen.values()) == 6
+    task = seen["task 0: task-0"]
+    assert task["params"]["point"] == "p002"
+    assert task["tags"]["clnp.digest"] == result.digest
+    assert "p002 has the highest sparsity" in task["tags"]["mlflow.note.content"]
+    assert task["metrics"]["prune/unit_sparsity"] == [(0, result.selected.unit_sparsity)]
+
+
+def test_a_failed_point_is_a_failed_run_with_its_reason(finished: RunFolder, sweep: Sweep) -> None:
+    MlflowTracker(finished, sweep).sync()
+    point = snapshot(sweep)["task 0: task-0/p003 alpha=0.001 lr=0.02"]
+    assert point["status"] == "FAILED"
+    assert point["tags"]["clnp.reason"] == "diverged"
+    assert "val/unpruned_accuracy" not in point["metrics"]
+
+
+def test_artifacts_of_the_sequence_and_of_its_tasks(finished: RunFolder, sweep: Sweep, tmp_path: Path) -> None:
+    MlflowTracker(finished, sweep).sync()
+    seen = snapshot(sweep)
+    assert seen["run"]["artifacts"] == [
+        "figures/accuracy.png",
+        "figures/units.png",
+        "state.safetensors",
+        "summary.json",
+        "sweep.yaml",
+    ]
+    curves = ["curves/p001.csv", "curves/p002.csv"]
+    figures = ["figures/sparsity.png", "figures/thresholds.png"]
+    assert seen["task 1: task-1"]["artifacts"] == [
+        *curves,
+        *figures,
+        "points.csv",
+        "selection.json",
+        "subnetwork.safetensors",
+    ]
+    task = runs_of(sweep)["task 0: task-0"]
+    path = MlflowClient(sweep.tracking.uri).download_artifacts(
+        task.info.run_id, "subnetwork.safetensors", str(tmp_path)
+    )
+    assert Path(path).read_bytes() == Subnetwork(finished.read_state(1), 0).to_bytes(".safetensors")
+
+
+def test_a_second_sync_changes_nothing(finished: RunFolder, sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    tracker = MlflowTracker(finished, sweep)
+    tracker.sync()
+    seen, entries = snapshot(sweep), finished.read_tracking()
+    for method in WRITES:
+        monkeypatch.setattr(MlflowClient, method, unexpected)
+    tracker.sync()
+    MlflowTracker(finished, sweep).sync()
+    assert snapshot(sweep) == seen
+    assert finished.read_tracking() == entries
+
+
+def test_syncing_at_every_step_ends_like_syncing_once(folder: RunFolder, sweep: Sweep, tmp_path: Path) -> None:
+    tracker = MlflowTracker(folder, sweep)
+    statuses = []
+    for step in write_run(folder, sweep):
+        tracker.sync()
+        if step.startswith("chosen"):
+            statuses.append({title: run.info.status for title, run in runs_of(sweep).items()})
+    once = sweep.model_copy(update={"name": f"{sweep.name}-once"})
+    other = run_folder(str(tmp_path / "other"), "run")
+    for _ in write_run(other, sweep):
+        pass
+    MlflowTracker(other, once).sync()
+    assert snapshot(sweep) == snapshot(once)
+    assert statuses[1]["run"] == "RUNNING"
+    assert statuses[1]["task 0: task-0"] == "FINISHED"
+    assert statuses[1]["task 1: task-1"] == "RUNNING"
+
+
+def test_a_lost_map_of_runs_duplicates_nothing(finished: RunFolder, sweep: Sweep) -> None:
+    MlflowTracker(finished, sweep).sync()
+    seen, entries = snapshot(sweep), finished.read_tracking()
+    finished.write_tracking({"key": entries["key"]})
+    MlflowTracker(finished, sweep).sync()
+    assert snapshot(sweep) == seen
+    assert finished.read_tracking() == entries
+
+
+def test_another_store_gets_everything(finished: RunFolder, sweep: Sweep) -> None:
+    MlflowTracker(finished, sweep).sync()
+    other = sweep.model_copy(update={"name": f"{sweep.name}-other"})
+    MlflowTracker(finished, other).sync()
+    assert snapshot(other) == snapshot(sweep)
+
+
+WRITES = ("create_experiment", "create_run", "log_batch", "log_artifacts", "set_terminated", "update_run")
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+def unexpected(*args: Any, **kwargs: Any) -> None:
+    raise AssertionError("nothing was left to write")
+
+
+def kill_at(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
+    """Lets the process end at a write to MLflow that is done but not yet answered."""
+    left = call
+
+    def killing(method: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            nonlocal left
+            answer = method(*args, **kwargs)
+            left -= 1
+            if left == 0:
+                raise Killed
+            return answer
+
+        return wrapped
+
+    for name in WRITES:
+        monkeypatch.setattr(MlflowClient, name, killing(getattr(MlflowClient, name)))
+
+
+def test_every_metric_is_logged_once_wherever_the_process_is_killed(
+    finished: RunFolder, sweep: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kills = 0
+    while True:
+        with monkeypatch.context() as patch:
+            kill_at(patch, 1)
+            try:
+                MlflowTracker(finished, sweep).sync()
+                break
+            except Killed:
+                kills += 1
+    undisturbed = sweep.model_copy(update={"name": f"{sweep.name}-undisturbed"})
+    MlflowTracker(finished, undisturbed).sync()
+    assert snapshot(sweep) == snapshot(undisturbed)
+    assert kills > 30
+
+
+def test_more_metrics_than_a_request_takes_are_logged_once(
+    finished: RunFolder, sweep: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    MlflowTracker(finished, sweep).sync()
+    seen = snapshot(sweep)
+    monkeypatch.setattr(tracking, "BATCH", 4)
+    cut = sweep.model_copy(update={"name": f"{sweep.name}-cut"})
+    with monkeypatch.context() as patch:
+        kill_at(patch, 12)
+        with pytest.raises(Killed):
+            MlflowTracker(finished, cut).sync()
+    MlflowTracker(finished, cut).sync()
+    assert snapshot(cut) == seen
+
+
+def test_infinities_are_left_out_and_nan_is_kept(folder: RunFolder, sweep: Sweep) -> None:
+    for step in write_run(folder, sweep):
+        if step == "trained 0 p001":
+            break
+    path = folder.local_path
+    assert path is not None
+    point = path / "tasks/000/points/p001.json"
+    record = json.loads(point.read_text())
+    record["epochs"][1]["train_loss"], record["epochs"][2]["train_loss"] = float("inf"), float("nan")
+    point.write_text(json.dumps(record))
+    MlflowTracker(folder, sweep).sync()
+    point_run = runs_of(sweep)["task 0: task-0/p001 alpha=0 lr=0.02"]
+    first, last = MlflowClient(sweep.tracking.uri).get_metric_history(point_run.info.run_id, "train/loss")
+    assert (first.step, first.value) == (0, 2.0)
+    assert last.step == 2
+    assert last.value != last.value
+
+
+def test_a_failed_sequence_is_failed_until_it_is_resumed(folder: RunFolder, sweep: Sweep) -> None:
+    for step in write_run(folder, sweep):
+        if step == "chosen 1":
+            break
+    summary = folder.read_summary()
+    assert summary is not None
+    tracker = MlflowTracker(folder, sweep)
+    seen = []
+    for status in ("failed", "running"):
+        folder.write_summary(summarise("run", status, 0, "", summary.tasks))
+        tracker.sync()
+        seen.append({title: run.info.status for title, run in runs_of(sweep).items() if "/" not in title})
+    assert seen == [
+        {"run": "FAILED", "task 0: task-0": "FINISHED", "task 1: task-1": "FAILED"},
+        {"run": "RUNNING", "task 0: task-0": "FINISHED", "task 1: task-1": "RUNNING"},
+    ]
+
+
+def test_a_sync_goes_as_far_as_the_summary_that_it_is_given(folder: RunFolder, sweep: Sweep) -> None:
+    steps = write_run(folder, sweep)
+    next(step for step in steps if step == "chosen 0")
+    summary = folder.read_summary()
+    assert next(steps) == "committed 0"
+    tracker = MlflowTracker(folder, sweep)
+    tracker.sync(summary)
+    assert runs_of(sweep)["task 0: task-0"].info.status == "RUNNING"
+    tracker.sync()
+    assert runs_of(sweep)["task 0: task-0"].info.status == "FINISHED"
+
+
+def test_a_server_that_is_not_there_is_reported_and_replayed_when_it_is(
+    finished: RunFolder, sweep: Sweep, database: str, tmp_path: Path
+) -> None:
+    MlflowTracker(finished, sweep).sync()
+    port = free_port()
+    served = at(sweep.model_copy(update={"name": f"{sweep.name}-served"}), f"http://127.0.0.1:{port}")
+    tracker = MlflowTracker(finished, served)
+    with pytest.raises(TrackingUnavailable, match=str(port)):
+        tracker.sync()
+    with server(database, tmp_path, port) as uri:
+        tracker.sync()
+        assert snapshot(served) == snapshot(sweep)
+        # The UI, on the store that a run without a server has filled, shows its artifacts too.
+        run = runs_of(sweep)["run"]
+        shown = urllib.request.urlopen(f"{uri}/get-artifact?path=sweep.yaml&run_uuid={run.info.run_id}")
+        assert shown.read().decode() == finished.read_sweep()
+    finished.write_summary(summarise("run", "failed", 0, "", finished.read_results()))
+    with pytest.raises(TrackingUnavailable):
+        tracker.sync()
+
+
+def test_a_server_that_never_answers_is_given_up(
+    finished: RunFolder, sweep: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "PROBE_TIMEOUT_S", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(TrackingUnavailable, match="timed out"):
+            MlflowTracker(finished, at(sweep, uri)).sync()
+
+
+def test_a_store_that_is_no_database_is_reported(finished: RunFolder, sweep: Sweep, tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").write_text("no database, and not about to become one\n" * 100)
+    with pytest.raises(TrackingUnavailable, match="not a database"):
+        MlflowTracker(finished, at(sweep, f"sqlite:///{tmp_path}/mlflow.db")).sync()
+
+
+def test_the_module_is_light_until_it_is_used() -> None:
+    code = "import sys, clnp_search.tracking.mlflow; sys.exit('mlflow' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
