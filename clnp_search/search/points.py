@@ -87,7 +87,7 @@ def estimate_memory(
     if width == 2:
         fixed += samples * width * architecture.in_features
     rows = 2 * settings.batch_size + 1000
-    per_point = parameters * (16 + 4 + (6 if width == 2 else 0)) + rows * width * sum(free)
+    per_point = 1 + parameters * (16 + 4 + (6 if width == 2 else 0)) + rows * width * sum(free)
     return MemoryEstimate(fixed, per_point)
 
 
@@ -109,5 +109,5 @@ def auto_points_per_trial(num_points: int, num_slots: int, memory: MemoryEstimat
         num_slots: Trials that run at the same time.
         available_bytes: Memory of one slot.
     """
-    fitting = max(1, (available_bytes - memory.fixed) // max(1, memory.per_point))
+    fitting = max(1, (available_bytes - memory.fixed) // memory.per_point)
     return int(min(math.ceil(num_points / max(1, num_slots)), fitting))

@@ -195,4 +195,5 @@ def test_every_scenario_gives_as_many_tasks_as_it_says_by_default(name: str) -> 
     scenario = SCENARIOS[name]
     tasks = [scenario.task(index, scenario.tasks) for index in range(scenario.tasks)]
     assert [task.index for task in tasks] == list(range(scenario.tasks))
-    assert len({task.name for task in tasks}) == scenario.tasks <= scenario.max_tasks
+    assert len({task.name for task in tasks}) == scenario.tasks
+    assert not scenario.allowed_tasks or scenario.tasks in scenario.allowed_tasks

@@ -1,0 +1,24 @@
+"""Every sweep that ships."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from clnp_search.config import load_sweep
+from clnp_search.search.points import grid
+
+SWEEPS = sorted((Path(__file__).parent.parent / "sweeps").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_a_shipped_sweep_loads_and_has_a_grid(path: Path) -> None:
+    assert len(grid(load_sweep(path), None)) >= 1
+
+
+def test_the_quickstart_searches_at_least_six_points_in_five_tasks() -> None:
+    sweep = load_sweep(next(path for path in SWEEPS if path.stem == "quickstart"))
+    assert sweep.scenario.tasks == 5
+    assert len(grid(sweep, None)) >= 6
+    assert sweep.head.kind == "single"
