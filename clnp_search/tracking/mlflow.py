@@ -256,7 +256,7 @@ class _Run:
 
     id: str
     status: str
-    tags: set[str]
+    tags: dict[str, str]
     params: set[str]
     unread: set[str] = field(default_factory=set)
     logged: set[tuple[str, int]] = field(default_factory=set)
@@ -295,7 +295,7 @@ class _Store:
             page = self._client.search_runs([self.experiment_id], ours, max_results=1000, page_token=token or None)
             for run in page:
                 info, data = run.info, run.data
-                seen = _Run(info.run_id, info.status, {*data.tags}, {*data.params}, unread={*data.metrics})
+                seen = _Run(info.run_id, info.status, data.tags, {*data.params}, unread={*data.metrics})
                 self._runs[data.tags["clnp.key"].removeprefix(f"{key}/")] = seen
             token = page.token or None
 
@@ -317,7 +317,7 @@ class _Store:
             own = {**tags, "clnp.key": f"{self._key}/{name}", **({"mlflow.parentRunId": parent.id} if parent else {})}
             start = int((time.time() - seconds) * 1000)
             created = self._client.create_run(self.experiment_id, start_time=start, tags=own, run_name=title)
-            self._runs[name] = _Run(created.info.run_id, created.info.status, set(), set())
+            self._runs[name] = _Run(created.info.run_id, created.info.status, own, set())
         return self._runs[name]
 
     @_tracking()
@@ -341,14 +341,14 @@ class _Store:
 
         new, now = self.missing(run, metrics), int(time.time() * 1000)
         extra = [Param(key, value) for key, value in (params or {}).items() if key not in run.params]
-        marks = [RunTag(key, value) for key, value in (tags or {}).items()]
-        for start in range(0, len(new) or 1, BATCH):
+        marks = [RunTag(key, value) for key, value in (tags or {}).items() if run.tags.get(key) != value]
+        for start in range(0, len(new) or bool(extra or marks), BATCH):
             batch, last = new[start : start + BATCH], start + BATCH >= len(new)
             values = [Metric(key, value, now, step) for key, value, step in batch]
             self._client.log_batch(run.id, values, extra if last else [], marks if last else [])
             run.logged |= {(key, step) for key, _, step in batch}
         run.params |= {param.key for param in extra}
-        run.tags |= {mark.key for mark in marks}
+        run.tags |= tags or {}
 
     @_tracking()
     def set_status(self, run: _Run, status: str) -> None:

@@ -327,8 +327,9 @@ def test_every_metric_is_logged_once_wherever_the_process_is_killed(
 ) -> None:
     kills = 0
     while True:
+        assert kills < 50, "no headway"
         with monkeypatch.context() as patch:
-            kill_at(patch, 1)
+            kill_at(patch, 2 + kills % 2)
             try:
                 MlflowTracker(finished, sweep).sync()
                 break
@@ -337,7 +338,7 @@ def test_every_metric_is_logged_once_wherever_the_process_is_killed(
     undisturbed = sweep.model_copy(update={"name": f"{sweep.name}-undisturbed"})
     MlflowTracker(finished, undisturbed).sync()
     assert snapshot(sweep) == snapshot(undisturbed)
-    assert kills > 30
+    assert kills > 15
 
 
 def test_more_metrics_than_a_request_takes_are_logged_once(

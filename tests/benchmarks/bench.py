@@ -1,0 +1,517 @@
+"""What this project's speed is measured by: `python tests/benchmarks/bench.py [NAME...] --root DATA`; see README.md.
+
+Every figure is a ratio (or a difference) of things measured in one run on one machine. Nothing else may run on it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pickle
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+from threading import Barrier
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from clnp_search.clnp.pack import Features, Pack
+from clnp_search.clnp.scan import Candidate, scan
+from clnp_search.clnp.state import Architecture, InputTransform, State, TaskInfo, commit
+from clnp_search.clnp.training import Training, TrainingSettings
+from clnp_search.records import Environment, Point, TaskPlan
+from clnp_search.search.points import estimate_memory, pack_name
+from clnp_search.search.trial import TaskInputs, run_pack
+from clnp_search.selection import min_correct
+from clnp_search.storage import RunFolder
+from clnp_search.tasks import SCENARIOS, RawData, TaskData
+
+HERE = Path(__file__).parent
+CORES = len(os.sched_getaffinity(0))
+FEATURES, CLASSES, BATCH = 784, 10, 256
+ALPHAS = (1e-6, 1e-5, 1e-4, 1e-3)
+LEARNING_RATES = (0.0005, 0.001, 0.002)
+WIDE, NARROW = (2000, 2000), (100, 100)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure and its bar: from `low` (if any) to `high` (if any)."""
+
+    figure: str
+    measured: float
+    low: float | None = None
+    high: float | None = None
+    detail: str = ""
+
+    @property
+    def bar(self) -> str:
+        limits = [f"{sign} {limit:.3g}" for sign, limit in (("≥", self.low), ("≤", self.high)) if limit is not None]
+        return ", ".join(limits)
+
+    @property
+    def passed(self) -> bool | None:
+        """None where there is no bar."""
+        if self.low is None and self.high is None:
+            return None
+        return (self.low is None or self.measured >= self.low) and (self.high is None or self.measured <= self.high)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line asked for."""
+
+    root: Path
+    quick: bool = False
+    full: bool = False
+
+    @property
+    def repeats(self) -> int:
+        """How often a thing is timed; the best, or the median, counts."""
+        return 1 if self.quick else 5
+
+    def batches(self, num: int) -> int:
+        """Steps of an epoch on random data."""
+        return 2 if self.quick else num
+
+    def raw(self) -> RawData:
+        """MNIST, or a few samples of it."""
+        raw = _mnist(self.root)
+        num = 700 if self.quick else len(raw.train_labels)
+        return replace(raw, train_inputs=raw.train_inputs[:num], train_labels=raw.train_labels[:num])
+
+    @property
+    def validation(self) -> int:
+        return 200 if self.quick else 10_000
+
+    def data(self, seed: int = 0) -> TaskData:
+        """The first task of permuted MNIST."""
+        return SCENARIOS["permuted_mnist"].task(0, 1).data(self.raw(), self.validation, "standard", seed)
+
+
+@cache
+def _mnist(root: Path) -> RawData:
+    return SCENARIOS["permuted_mnist"].load(root)
+
+
+def prepare(threads: int) -> None:
+    """Sets up this process as a trial does."""
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)
+    torch.set_float32_matmul_precision("highest")
+
+
+def timed(action: Callable[[], object]) -> float:
+    """Seconds that one call takes."""
+    started = time.perf_counter()
+    action()
+    return time.perf_counter() - started
+
+
+def matrix_rate(repeats: int, dtype: torch.dtype = torch.float32, size: int = 2048) -> float:
+    """The machine's best FLOP/s of a square matrix product, on the threads that torch has now."""
+    a, b, out = (torch.rand(size, size).to(dtype) for _ in range(3))
+    torch.mm(a, b, out=out)
+    return 2 * size**3 / min(timed(lambda: torch.mm(a, b, out=out)) for _ in range(4 * repeats))
+
+
+def make_points(num: int) -> list[Point]:
+    """Points of 4 alphas x 3 rates, over and over; equal rates together, as `search.points.pack_points` orders them."""
+    grid = [(ALPHAS[index % 4], LEARNING_RATES[index // 4 % 3]) for index in range(num)]
+    return [Point(index, (alpha,) * 3, rate) for index, (alpha, rate) in enumerate(sorted(grid, key=lambda at: at[1]))]
+
+
+def make_state(hidden: tuple[int, ...], frozen: float = 0.0) -> State:
+    """A state whose first task, made by hand, has committed a fraction of each layer's units; none if it is 0."""
+    state = State.empty(Architecture(FEATURES, hidden))
+    if not frozen:
+        return state
+    alpha = (0.0,) * (len(hidden) + 1)
+    activities = [(torch.arange(units) < frozen * units).double() for units in hidden]
+    trained = Pack(state, CLASSES, [alpha], seed=1).point(0, [activity[None] for activity in activities])
+    info = TaskInfo("by hand", CLASSES, (FEATURES,), InputTransform(0.0, 1.0))
+    return commit(state, info, trained, (0.5,) * len(hidden))
+
+
+@dataclass
+class Bench:
+    """A pack in training, built as `search.trial` does.
+
+    Args:
+        prepared_s: Seconds that the frozen units' outputs took, once for the whole task.
+    """
+
+    pack: Pack
+    training: Training
+    train: Features
+    prepared_s: float
+
+    def best_epoch(self, repeats: int) -> float:
+        """Seconds of the fastest epoch after a first one that is not counted."""
+        self.training.run_epoch()
+        return min(timed(self.training.run_epoch) for _ in range(repeats))
+
+    def flops(self, seconds: float) -> float:
+        """FLOP/s of the training arithmetic, if an epoch took these seconds."""
+        return self.pack.training_flop * len(self.train) / seconds
+
+
+def on_random(state: State, num_points: int, num_batches: int) -> Bench:
+    """A pack on random data of MNIST's shape; its validation split is one sample, so that an epoch is its steps."""
+    return _bench(state, make_points(num_points), random_samples(num_batches * BATCH), random_samples(1), settings(99))
+
+
+def on_mnist(state: State, points: list[Point], data: TaskData, how: TrainingSettings, seed: int = 0) -> Bench:
+    """A pack on real data."""
+    transform = data.info.transform
+    train, validation = ((transform(split.inputs), split.labels) for split in (data.train, data.validation))
+    return _bench(state, points, train, validation, how, seed)
+
+
+def _bench(
+    state: State, points: list[Point], train: Any, validation: Any, how: TrainingSettings, seed: int = 0
+) -> Bench:
+    pack = Pack(state, CLASSES, [point.alpha for point in points], seed, "cpu", how.dtype)
+    started = time.perf_counter()
+    features = pack.features(*train)
+    prepared_s = time.perf_counter() - started
+    rates = [point.learning_rate for point in points]
+    training = Training(pack, rates, features, pack.features(*validation), how, seed, state.num_tasks)
+    return Bench(pack, training, features, prepared_s)
+
+
+def random_samples(num: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs [N, 784] and labels [N]."""
+    return torch.randn(num, FEATURES), torch.randint(CLASSES, (num,))
+
+
+def settings(epochs: int, precision: str = "float32") -> TrainingSettings:
+    return TrainingSettings(epochs=epochs, batch_size=BATCH, schedule="constant", precision=precision)
+
+
+def peers(options: Options) -> Iterator[Row]:
+    """Whole commands: 12 points of 2 x 100, 3 epochs, by plain Ray Tune and by this project."""
+    epochs, num_points = (1, 2) if options.quick else (3, 12)
+    root = str(options.root.absolute())
+    smoke = ["--samples", "600"] if options.quick else []
+    sizes = ["--root", root, "--epochs", str(epochs), "--points", str(num_points), *smoke]
+    walls, best = {}, {}
+    # The DataLoader peer takes minutes, so it runs once: what noise can do to it is small beside the bar.
+    for name, repeats in (("peer_dataloader", 1), ("peer_tensor", options.repeats // 2 + 1)):
+        command = [sys.executable, str(HERE / f"{name}.py"), *sizes]
+        outputs, walls[name] = _run_all([command] * repeats)
+        best[name] = max(json.loads(outputs[-1].splitlines()[-1])["val_accuracy"].values())
+    with tempfile.TemporaryDirectory() as folder:
+        sweep = {
+            "scenario": {"name": "permuted_mnist", "tasks": 1, "validation": 10_000, "root": root},
+            "network": {"hidden": NARROW},
+            "training": {"epochs": epochs, "batch_size": BATCH, "schedule": "constant"},
+            "search": {"alpha": ALPHAS[: max(1, num_points // 3)], "learning_rate": LEARNING_RATES[-num_points:]},
+            "resources": {"cpu": 1},
+            "storage": folder,
+            "tracking": {"uri": f"sqlite:///{folder}/mlflow.db"},
+        }
+        path = Path(folder, "sweep.yaml")
+        path.write_text(json.dumps(sweep))  # JSON is YAML
+        names = [f"run-{index}" for index in range(options.repeats // 2 + 1)]
+        base = [sys.executable, "-m", "clnp_search", "run", str(path), "--json", "--name"]
+        _, walls["ours"] = _run_all([[*base, name] for name in names])
+        trained = [_longest_pack(RunFolder(f"{folder}/{name}")) for name in names]
+        best["ours"] = json.loads(Path(folder, names[-1], "summary.json").read_text())["tasks"][0]["best_val_accuracy"]
+    ours = statistics.median(walls["ours"])
+    for name, bar in (("peer_dataloader", 15.0), ("peer_tensor", 6.0)):
+        theirs = statistics.median(walls[name])
+        detail = f"{theirs:.1f} s / {ours:.1f} s; best validation accuracy {best[name]:.2%} / {best['ours']:.2%}"
+        yield Row(f"{name} over clnp-search, wall time", theirs / ours, low=bar, detail=detail)
+    overhead, seconds = sorted((wall - pack, pack) for wall, pack in zip(walls["ours"], trained, strict=True))[
+        len(trained) // 2
+    ]
+    detail = f"command {overhead + seconds:.1f} s, its longest pack {seconds:.1f} s"
+    yield Row("orchestration overhead [s]", overhead, high=10 + 0.1 * seconds, detail=detail)
+
+
+def _run_all(commands: list[list[str]]) -> tuple[list[str], list[float]]:
+    """Each command's standard output, and its seconds from start to exit."""
+    outputs, walls = [], []
+    for command in commands:
+        started = time.perf_counter()
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        walls.append(time.perf_counter() - started)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
+        outputs.append(done.stdout)
+    return outputs, walls
+
+
+def _longest_pack(folder: RunFolder) -> float:
+    """Seconds that the pack which took longest was trained."""
+    plan = folder.read_plan(0)
+    assert plan is not None
+    records = {point.index: folder.read_point(0, point.name) for point in plan.points}
+    return max(sum(record.seconds for index in pack if (record := records[index])) for pack in plan.packs)
+
+
+def rate(options: Options) -> Iterator[Row]:
+    """Training arithmetic of a pack over the machine's float32 matrix rate."""
+    prepare(CORES)
+    peak = matrix_rate(options.repeats)
+    found = {}
+    for hidden, points, bar in ((WIDE, 1, 0.8), (WIDE, 2, 0.8), (NARROW, 12, 0.7)):
+        bench = on_random(make_state(hidden), points, options.batches(40))
+        name = f"2 x {hidden[0]}, {points} point(s), {CORES} threads"
+        found[name] = (bench.flops(bench.best_epoch(options.repeats)), bar)
+    # As `clnp-search run` trains it: a process of one thread for each core, all at the same time.
+    context = get_context("spawn")
+    each = 12 // CORES or 1
+    with context.Manager() as manager, ProcessPoolExecutor(CORES, mp_context=context) as pool:
+        work = partial(_rate_beside_others, manager.Barrier(CORES), each, options.batches(40), options.repeats)
+        found[f"2 x 100, {CORES} processes x {each} points"] = (sum(pool.map(work, range(CORES))), 0.7)
+    peak = max(peak, matrix_rate(options.repeats))
+    for name, (measured, bar) in found.items():
+        detail = f"{measured / 1e9:.0f} of {peak / 1e9:.0f} GFLOP/s"
+        yield Row(f"training arithmetic over matrix rate: {name}", measured / peak, low=bar, detail=detail)
+
+
+def _rate_beside_others(barrier: Barrier, points: int, num_batches: int, repeats: int, index: int) -> float:
+    """FLOP/s of the narrow pack on one thread, while the other processes do the same."""
+    prepare(1)
+    bench = on_random(make_state(NARROW), points, num_batches)
+    bench.training.run_epoch()
+    barrier.wait()
+    # The mean, not the best: all processes run all the time, so that the rates may be added.
+    return bench.flops(statistics.mean(timed(bench.training.run_epoch) for _ in range(2 * repeats)))
+
+
+def frozen(options: Options) -> Iterator[Row]:
+    """A task's training time when half of all units are frozen, over the first task's."""
+    prepare(CORES)
+    epochs, found = TrainingSettings().epochs, []
+    for fraction in (0.0, 0.5):
+        bench = on_random(make_state(WIDE, fraction), 8, options.batches(10))
+        found.append((bench.prepared_s, bench.best_epoch(1 if options.quick else 3)))
+        del bench
+    (_, first_epoch), (prepared_s, epoch) = found
+    detail = f"epoch {epoch:.2f} s / {first_epoch:.2f} s = {epoch / first_epoch:.2f}; frozen outputs {prepared_s:.2f} s, once"
+    measured = (prepared_s + epochs * epoch) / (epochs * first_epoch)
+    yield Row(f"2 x 2000, 8 points, half frozen over first task, {epochs} epochs", measured, high=0.55, detail=detail)
+
+
+def bf16(options: Options) -> Iterator[Row]:
+    """Mixed precision against float32 on real data, accuracies side by side."""
+    prepare(CORES)
+    seconds: dict[str, list[float]] = {"float32": [], "bf16": []}
+    accuracies: dict[str, list[float]] = {"float32": [], "bf16": []}
+    for seed in range(3 if options.full else 1):
+        data = options.data(seed)
+        for precision in seconds:
+            bench = on_mnist(make_state(WIDE), make_points(1), data, settings(2, precision), seed)
+            seconds[precision].extend(timed(bench.training.run_epoch) for _ in range(2))
+            accuracies[precision].append(bench.training.history[-1][0].val_accuracy)
+    best = {precision: min(values) for precision, values in seconds.items()}
+    rates = {
+        name: matrix_rate(options.repeats, dtype) for name, dtype in (("f32", torch.float32), ("bf16", torch.bfloat16))
+    }
+    detail = f"epoch {best['float32']:.1f} s / {best['bf16']:.1f} s; matrix rates bf16 / f32 {rates['bf16'] / rates['f32']:.1f}"
+    yield Row("float32 over bf16, 2 x 2000, epoch time", best["float32"] / best["bf16"], low=1.5, detail=detail)
+    spread = max(accuracies["float32"]) - min(accuracies["float32"]) if options.full else None
+    lost = statistics.mean(accuracies["float32"]) - statistics.mean(accuracies["bf16"])
+    listed = "; ".join(f"{name} {' '.join(f'{value:.2%}' for value in seen)}" for name, seen in accuracies.items())
+    yield Row("accuracy lost by bf16 (bar: spread of seeds)", lost, high=spread, detail=listed)
+
+
+def threshold_scan(options: Options) -> Iterator[Row]:
+    """The exact threshold scan over one training epoch of the same network."""
+    prepare(CORES)
+    data, point, state = options.data(), Point(0, (1e-5,) * 3, 0.001), make_state(WIDE)
+    bench = on_mnist(state, [point], data, settings(2))
+    epoch = min(timed(bench.training.run_epoch) for _ in range(2))
+    [correct] = bench.pack.num_correct(bench.training.validation)
+    trained = bench.pack.point(0, bench.pack.activities(bench.train))
+    inputs, total = data.info.transform(data.validation.inputs), len(data.validation)
+    for margin in (0.0005, 0.01):
+        limit = min_correct(correct, total, margin)
+        started = time.perf_counter()
+        record = scan(Candidate(state, trained, inputs, data.validation.labels), 0, limit)
+        seconds = time.perf_counter() - started
+        detail = f"{seconds:.2f} s / {epoch:.2f} s; {record.active[0]} + {record.active[1]} units stay"
+        yield Row(f"threshold scan over an epoch, margin {margin:.2%}", seconds / epoch, high=1.0, detail=detail)
+
+
+def marginal(options: Options) -> Iterator[Row]:
+    """One more point in a narrow pack, over a pack of one."""
+    prepare(1)
+    seconds = {}
+    for points in (1, 12):
+        bench = on_random(make_state(NARROW), points, options.batches(60))
+        seconds[points] = bench.best_epoch(2 * options.repeats)
+    slope = (seconds[12] - seconds[1]) / 11
+    detail = f"epoch of 1 point {seconds[1]:.3f} s, of 12 {seconds[12]:.3f} s"
+    yield Row("one more point over a single one, 2 x 100, 1 thread", slope / seconds[1], high=0.7, detail=detail)
+
+
+def memory(options: Options) -> Iterator[Row]:
+    """A trial's peak memory over what the plan expected."""
+    for hidden, points in ((NARROW, 12), (WIDE, 1)):
+        with tempfile.TemporaryDirectory() as folder:
+            inputs = _task_inputs(options, hidden, make_points(points), folder)
+            path = Path(folder, "inputs.pickle")
+            path.write_bytes(pickle.dumps(inputs, protocol=pickle.HIGHEST_PROTOCOL))
+            command = [sys.executable, str(Path(__file__)), "--pack", str(path)]
+            [output], _ = _run_all([command])
+        data = inputs.data()
+        estimate = estimate_memory(inputs.state, CLASSES, len(data.train), len(data.validation), inputs.settings)
+        peak, planned = int(output), estimate.total(points)
+        detail = f"{peak / 2**20:.0f} MiB / {planned / 2**20:.0f} MiB"
+        name = f"peak memory over estimate: 2 x {hidden[0]}, {points} point(s)"
+        yield Row(name, peak / planned, low=0.75, high=1.25, detail=detail)
+
+
+def _task_inputs(options: Options, hidden: tuple[int, ...], points: list[Point], folder: str) -> TaskInputs:
+    state, task = make_state(hidden), SCENARIOS["permuted_mnist"].task(0, 1)
+    keys = tuple(pack_name([point.name]) for point in points)
+    here = Environment("cpu", 1, "float32", torch.__version__, version("clnp-search"))
+    plan = TaskPlan(0, task.name, state.digest, tuple(points), keys, (tuple(range(len(points))),), here)
+    return TaskInputs(f"{folder}/run", plan, options.raw(), task, options.validation, "standard", state, settings(1), 0)
+
+
+def train_pack_alone(path: Path) -> None:
+    """What a trial's process does for one pack; prints its peak resident bytes."""
+    import pyarrow  # noqa: F401  (as every worker of Ray has)
+    import ray  # noqa: F401
+
+    inputs = pickle.loads(path.read_bytes())
+    for _ in run_pack(inputs, inputs.plan.points):
+        pass
+    faults = [
+        record.reason
+        for point in inputs.plan.points
+        if (record := RunFolder(inputs.run).read_point(0, point.name)) is None or record.status == "failed"
+    ]
+    assert not faults, faults
+    # Not getrusage: its peak also counts the process that started this one, from before exec.
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    print(int(status["VmHWM"].split()[0]) << 10)
+
+
+def curves(options: Options) -> Iterator[Row]:
+    """Cost of a step against number of points, width and task index; drawn to cost.png."""
+    prepare(CORES)
+    panels = {
+        "points of a pack (2 x 100)": [
+            (points, make_state(NARROW), points)
+            for points in ([1, 4] if options.quick else [1, 2, 4, 8, 12, 16, 24, 32])
+        ],
+        "units of each layer (1 point)": [
+            (width, make_state((width, width)), 1)
+            for width in ([100, 200] if options.quick else [100, 200, 400, 700, 1000, 1400, 2000])
+        ],
+        "frozen units [%] (2 x 1000, 4 points)": [
+            (round(100 * fraction), make_state((100 if options.quick else 1000,) * 2, fraction), 4)
+            for fraction in (0.0, 0.25, 0.5, 0.75)
+        ],
+    }
+    peak = matrix_rate(options.repeats)
+    drawn = {}
+    for title, cases in panels.items():
+        drawn[title] = []
+        for x, state, points in cases:
+            num_batches = options.batches(20)
+            bench = on_random(state, points, num_batches)
+            step_ms = 1e3 * bench.best_epoch(options.repeats) / num_batches
+            floor_ms = 1e3 * bench.pack.training_flop * BATCH / peak
+            drawn[title].append((x, step_ms, floor_ms))
+            yield Row(f"step [ms], {title}: {x}", step_ms, detail=f"at the matrix rate {floor_ms:.2f} ms")
+    if not options.quick:
+        _draw(drawn, HERE / "cost.png")
+
+
+def _draw(panels: dict[str, list[tuple[int, float, float]]], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3), layout="constrained")
+    for axes, (title, values) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        x, measured, floor = zip(*values, strict=True)
+        axes.plot(x, measured, "o-", markersize=4, label="measured")
+        axes.plot(x, floor, "--", color="gray", label="arithmetic at the matrix rate")
+        axes.set(xlabel=title, ylim=(0, None))
+    figure.axes[0].set_ylabel(f"ms for a step of {BATCH} samples")
+    figure.axes[0].legend(frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+BENCHMARKS: dict[str, Callable[[Options], Iterator[Row]]] = {
+    "peers": peers,
+    "rate": rate,
+    "frozen": frozen,
+    "bf16": bf16,
+    "scan": threshold_scan,
+    "marginal": marginal,
+    "memory": memory,
+    "curves": curves,
+}
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on besides the code."""
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    model = next((line.split(":")[1].strip() for line in text.splitlines() if line.startswith("model name")), "")
+    instructions = [name for name in ("avx512f", "avx512_bf16", "amx_bf16") if f" {name}" in text]
+    load = os.getloadavg()[0]
+    return {
+        "cpu": model or platform.processor(),
+        "cores": CORES,
+        "instructions": instructions,
+        "torch": torch.__version__,
+        "load": load,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)}; default: all")
+    parser.add_argument("--root", type=Path, default=Path("data"), help="folder that contains MNIST/raw")
+    parser.add_argument("--quick", action="store_true", help="only see that it runs: the figures mean nothing")
+    parser.add_argument("--full", action="store_true", help="three seeds where seeds matter (bf16)")
+    parser.add_argument("--json", action="store_true", help="print one JSON document instead of a table")
+    parser.add_argument("--pack", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.pack:
+        train_pack_alone(args.pack)
+        return
+    if unknown := set(args.names) - set(BENCHMARKS):
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(BENCHMARKS)}")
+    options, log, here = Options(args.root, args.quick, args.full), Console(stderr=True), machine()
+    rows = []
+    for name in args.names or BENCHMARKS:
+        started = time.perf_counter()
+        rows += [(name, row) for row in BENCHMARKS[name](options)]
+        log.print(f"{name}: {time.perf_counter() - started:.0f} s", highlight=False)
+    if args.json:
+        figures = [{"benchmark": name, **asdict(row), "passed": row.passed} for name, row in rows]
+        print(json.dumps({"machine": here, "quick": args.quick, "rows": figures}, indent=1))
+        return
+    title = ", ".join(f"{key}: {' '.join(value) if isinstance(value, list) else value}" for key, value in here.items())
+    table = Table("benchmark", "figure", "measured", "bar", "", "detail", title=title, header_style="bold")
+    marks = {None: "", True: "[green]met[/]", False: "[red]missed[/]"}
+    for name, row in rows:
+        table.add_row(name, row.figure, f"{row.measured:.3g}", row.bar, marks[row.passed], row.detail)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
