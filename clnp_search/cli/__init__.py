@@ -407,7 +407,7 @@ def _execute(sweep: Sweep, folder: RunFolder, address: str, as_json: bool) -> No
         ) from None
     if publisher.unavailable:
         err.print(
-            f"[yellow]MLflow could not be reached: {publisher.unavailable}[/]\n"
+            f"[yellow]Figures and MLflow are behind: {publisher.unavailable}[/]\n"
             f"The records wait in the run folder; `clnp-search resume {_shown(folder)}` logs them later."
         )
     if as_json:

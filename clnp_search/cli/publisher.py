@@ -7,11 +7,15 @@ import queue
 import threading
 from collections.abc import Sequence
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from clnp_search.config import Sweep
 from clnp_search.records import PointRecord, Summary
 from clnp_search.sequence import Listener
 from clnp_search.storage import RunFolder
+
+if TYPE_CHECKING:
+    from clnp_search.tracking.mlflow import MlflowTracker
 
 logger = logging.getLogger(__name__)
 
@@ -51,20 +55,19 @@ class Publisher(Listener):
         self._events.put(summary)
 
     def _work(self) -> None:
-        from clnp_search.report.figures import draw_run
-
-        tracker = None
-        if self._sweep.tracking.uri != "none":
+        tracker: MlflowTracker | None = None
+        while (summary := self._events.get()) is not None:
+            # Imported with the first event: until then the search's own processes need the cores.
+            from clnp_search.report.figures import draw_run
             from clnp_search.tracking.mlflow import MlflowTracker
 
-            tracker = MlflowTracker(self._folder, self._sweep)
-        while (summary := self._events.get()) is not None:
             try:
                 if summary.tasks:
                     draw_run(self._folder, summary)
-                if tracker is not None:
-                    tracker.sync()
+                if self._sweep.tracking.uri != "none":
+                    tracker = tracker or MlflowTracker(self._folder, self._sweep)
+                    tracker.sync(summary)
                 self.unavailable = ""
-            except Exception as error:
+            except Exception as error:  # whatever it is, the search goes on and the run folder keeps the records
                 self.unavailable = f"{type(error).__name__}: {error}"
                 logger.debug("not published", exc_info=True)

@@ -70,8 +70,8 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """What a pack on top of `state` needs, from its shapes.
 
-    Each free parameter is held four times (value, gradient, two moments) and once more while the pack's results are
-    copied out; bf16 adds half-width copies of weights and gradients.
+    Each free parameter is held four times (value, gradient, two moments), and three times more while a checkpoint is
+    written; bf16 adds half-width copies of weights and gradients.
     """
     architecture = state.architecture
     frozen = [len(layer.active(state.num_tasks)) for layer in state.layers]
@@ -87,7 +87,7 @@ def estimate_memory(
     if width == 2:
         fixed += samples * width * architecture.in_features
     rows = 2 * settings.batch_size + 1000
-    per_point = 1 + parameters * (16 + 4 + (6 if width == 2 else 0)) + rows * width * sum(free)
+    per_point = 1 + parameters * (16 + 12 + (6 if width == 2 else 0)) + rows * width * sum(free)
     return MemoryEstimate(fixed, per_point)
 
 

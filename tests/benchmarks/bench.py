@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from clnp_search.clnp.pack import Features, Pack
@@ -305,7 +306,7 @@ def frozen(options: Options) -> Iterator[Row]:
         found.append((bench.prepared_s, bench.best_epoch(1 if options.quick else 3)))
         del bench
     (_, first_epoch), (prepared_s, epoch) = found
-    detail = f"epoch {epoch:.2f} s / {first_epoch:.2f} s = {epoch / first_epoch:.2f}; frozen outputs {prepared_s:.2f} s, once"
+    detail = f"epoch {epoch:.2f} s / {first_epoch:.2f} s = {epoch / first_epoch:.2f}; frozen outputs {prepared_s:.2f} s"
     measured = (prepared_s + epochs * epoch) / (epochs * first_epoch)
     yield Row(f"2 x 2000, 8 points, half frozen over first task, {epochs} epochs", measured, high=0.55, detail=detail)
 
@@ -322,10 +323,8 @@ def bf16(options: Options) -> Iterator[Row]:
             seconds[precision].extend(timed(bench.training.run_epoch) for _ in range(2))
             accuracies[precision].append(bench.training.history[-1][0].val_accuracy)
     best = {precision: min(values) for precision, values in seconds.items()}
-    rates = {
-        name: matrix_rate(options.repeats, dtype) for name, dtype in (("f32", torch.float32), ("bf16", torch.bfloat16))
-    }
-    detail = f"epoch {best['float32']:.1f} s / {best['bf16']:.1f} s; matrix rates bf16 / f32 {rates['bf16'] / rates['f32']:.1f}"
+    faster = matrix_rate(options.repeats, torch.bfloat16) / matrix_rate(options.repeats)
+    detail = f"{best['float32']:.1f} s / {best['bf16']:.1f} s; a matrix product is {faster:.1f} times faster"
     yield Row("float32 over bf16, 2 x 2000, epoch time", best["float32"] / best["bf16"], low=1.5, detail=detail)
     spread = max(accuracies["float32"]) - min(accuracies["float32"]) if options.full else None
     lost = statistics.mean(accuracies["float32"]) - statistics.mean(accuracies["bf16"])
@@ -336,7 +335,7 @@ def bf16(options: Options) -> Iterator[Row]:
 def threshold_scan(options: Options) -> Iterator[Row]:
     """The exact threshold scan over one training epoch of the same network."""
     prepare(CORES)
-    data, point, state = options.data(), Point(0, (1e-5,) * 3, 0.001), make_state(WIDE)
+    data, point, state = options.data(), Point(0, (1e-5,) * 3, 0.001), make_state((200, 200) if options.quick else WIDE)
     bench = on_mnist(state, [point], data, settings(2))
     epoch = min(timed(bench.training.run_epoch) for _ in range(2))
     [correct] = bench.pack.num_correct(bench.training.validation)
@@ -374,8 +373,9 @@ def memory(options: Options) -> Iterator[Row]:
             [output], _ = _run_all([command])
         data = inputs.data()
         estimate = estimate_memory(inputs.state, CLASSES, len(data.train), len(data.validation), inputs.settings)
-        peak, planned = int(output), estimate.total(points)
-        detail = f"{peak / 2**20:.0f} MiB / {planned / 2**20:.0f} MiB"
+        before, peak = map(int, output.split())
+        planned = estimate.total(points)
+        detail = f"{peak / 2**20:.0f} MiB / {planned / 2**20:.0f} MiB; before any data {before / 2**20:.0f} MiB"
         name = f"peak memory over estimate: 2 x {hidden[0]}, {points} point(s)"
         yield Row(name, peak / planned, low=0.75, high=1.25, detail=detail)
 
@@ -389,22 +389,24 @@ def _task_inputs(options: Options, hidden: tuple[int, ...], points: list[Point],
 
 
 def train_pack_alone(path: Path) -> None:
-    """What a trial's process does for one pack; prints its peak resident bytes."""
-    import pyarrow  # noqa: F401  (as every worker of Ray has)
-    import ray  # noqa: F401
+    """What a trial's process does for one pack; prints its resident bytes before any data, and at the peak."""
+    import clnp_search.search.cluster  # noqa: F401  (as a worker does, to find the function; with it, Ray)
 
+    before = _resident("VmRSS")
     inputs = pickle.loads(path.read_bytes())
     for _ in run_pack(inputs, inputs.plan.points):
         pass
-    faults = [
-        record.reason
-        for point in inputs.plan.points
-        if (record := RunFolder(inputs.run).read_point(0, point.name)) is None or record.status == "failed"
-    ]
-    assert not faults, faults
+    folder = RunFolder(inputs.run)
+    records = [folder.read_point(0, point.name) for point in inputs.plan.points]
+    assert all(record is not None and record.status == "done" for record in records), records
     # Not getrusage: its peak also counts the process that started this one, from before exec.
+    print(before, _resident("VmHWM"))
+
+
+def _resident(field: str) -> int:
+    """Bytes of a field of this process's status (Linux)."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    print(int(status["VmHWM"].split()[0]) << 10)
+    return int(status[field].split()[0]) << 10
 
 
 def curves(options: Options) -> Iterator[Row]:
@@ -425,7 +427,7 @@ def curves(options: Options) -> Iterator[Row]:
         ],
     }
     peak = matrix_rate(options.repeats)
-    drawn = {}
+    drawn: dict[str, list[tuple[int, float, float]]] = {}
     for title, cases in panels.items():
         drawn[title] = []
         for x, state, points in cases:
@@ -509,7 +511,7 @@ def main() -> None:
     table = Table("benchmark", "figure", "measured", "bar", "", "detail", title=title, header_style="bold")
     marks = {None: "", True: "[green]met[/]", False: "[red]missed[/]"}
     for name, row in rows:
-        table.add_row(name, row.figure, f"{row.measured:.3g}", row.bar, marks[row.passed], row.detail)
+        table.add_row(name, escape(row.figure), f"{row.measured:.3g}", row.bar, marks[row.passed], row.detail)
     Console().print(table)
 
 
