@@ -7,5 +7,5 @@ class InputError(Exception):
     """What the user asked for is wrong: names the thing, what is allowed, what to try. Exit status 2."""
 
 
-class Interrupted(KeyboardInterrupt):
+class Interrupted(Exception):
     """The run was stopped on request and can be resumed. Exit status 3."""

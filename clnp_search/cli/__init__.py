@@ -72,8 +72,12 @@ def main() -> None:
         status = app(standalone_mode=False) or DONE
     except InputError as error:
         status = _complain(INPUT_WRONG, str(error))
-    except (KeyboardInterrupt, typer.Abort) as error:
-        status = _complain(INTERRUPTED, str(error) or "interrupted")
+    except Interrupted as error:
+        status = _complain(INTERRUPTED, str(error))
+    except (KeyboardInterrupt, typer.Abort):
+        status = _complain(INTERRUPTED, "interrupted")
+    except SystemExit as error:  # typer's own answer to an interrupt is 130
+        status = INTERRUPTED if error.code == 130 else error.code
     except TyperException as error:
         error.show()  # type: ignore[attr-defined]
         status = INPUT_WRONG
@@ -489,4 +493,5 @@ def _complain(status: int, message: str) -> int:
 
 
 def _interrupt(number: int, frame: Any) -> NoReturn:
-    raise Interrupted
+    # Not an `Exception`, so that no library between here and `_execute` takes it for a failure.
+    raise KeyboardInterrupt

@@ -47,8 +47,12 @@ def run_pack(inputs: TaskInputs, points: Sequence[Point]) -> Iterator[Training]:
     Raises:
         OSError: The run folder cannot be read or written; worth another try, as is the death of this process.
     """
+    planned = inputs.plan.environment.torch
+    notes: tuple[str, ...] = ()
+    if planned != torch.__version__:
+        notes = (f"planned with torch {planned}, trained with torch {torch.__version__}",)
     try:
-        yield from train_pack(inputs, points)
+        yield from train_pack(inputs, points, notes)
     except OSError:
         raise
     except Exception as error:
