@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("DO_NOT_TRACK", "true")
+os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
 
 DONE, FAILED, INPUT_WRONG, INTERRUPTED, NOT_VERIFIED = range(5)
 
