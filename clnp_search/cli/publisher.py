@@ -56,7 +56,7 @@ class Publisher(Listener):
 
     def _work(self) -> None:
         tracker: MlflowTracker | None = None
-        while (summary := self._events.get()) is not None:
+        while (summary := self._newest()) is not None:
             # Imported with the first event: until then the search's own processes need the cores.
             from clnp_search.report.figures import draw_run
             from clnp_search.tracking.mlflow import MlflowTracker
@@ -71,3 +71,14 @@ class Publisher(Listener):
             except Exception as error:  # whatever it is, the search goes on and the run folder keeps the records
                 self.unavailable = f"{type(error).__name__}: {error}"
                 logger.debug("not published", exc_info=True)
+
+    def _newest(self) -> Summary | None:
+        """The last event that waits: a projection of it includes those before. None is the end and comes last."""
+        newest = self._events.get()
+        while newest is not None and not self._events.empty():
+            following = self._events.get()
+            if following is None:
+                self._events.put(None)
+                break
+            newest = following
+        return newest

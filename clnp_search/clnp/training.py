@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from clnp_search.clnp.optimizers import Optimizer
 from clnp_search.clnp.pack import Features, Pack
 from clnp_search.clnp.seeds import generator
 from clnp_search.clnp.state import read_safetensors
@@ -74,7 +74,9 @@ class Training:
         self._learning_rates = learning_rates
         self._seed, self._task = seed, task
         self._steps_per_epoch = math.ceil(len(train) / settings.batch_size)
-        self._optimizer = _optimizer(pack, learning_rates, settings)
+        self._optimizer = Optimizer(
+            pack.parameters, learning_rates, settings.optimizer, settings.weight_decay, settings.momentum
+        )
 
     @property
     def finished(self) -> bool:
@@ -92,11 +94,11 @@ class Training:
         losses = torch.zeros(self._pack.num_points, device=self._pack.device)
         factor = 1.0
         for step, index in enumerate(order.to(self._pack.device).split(self._settings.batch_size)):
-            factor = self._set_learning_rates(self.epoch * self._steps_per_epoch + step)
+            factor = self._factor(self.epoch * self._steps_per_epoch + step)
             levels, labels = self._train.batch(index)
             loss, grad = cross_entropy(self._pack.forward(levels), labels)
             self._pack.backward(levels, grad)
-            self._optimizer.step()
+            self._optimizer.step(factor)
             losses += loss
         accuracies = [correct / len(self.validation) for correct in self._pack.num_correct(self.validation)]
         rows = zip(self._learning_rates, losses.tolist(), accuracies, strict=True)
@@ -107,11 +109,9 @@ class Training:
 
     def to_bytes(self) -> bytes:
         """A checkpoint from which `restore` goes on to the same bits."""
-        tensors = {f"parameter.{index}": tensor for index, tensor in enumerate(self._pack.parameters)}
-        tensors |= {f"optimizer.{index}.{name}": tensor for index, name, tensor in self._moments()}
         history = [[asdict(seen) for seen in epoch] for epoch in self.history]
         header = {"of": self._identity, "epoch": self.epoch, "history": history}
-        return safetensors.torch.save(tensors, {"training": json.dumps(header)})
+        return safetensors.torch.save(self._tensors, {"training": json.dumps(header)})
 
     def restore(self, data: bytes) -> None:
         """Goes back to where `to_bytes` was called.
@@ -119,26 +119,20 @@ class Training:
         Raises:
             ValueError: The bytes are no checkpoint of this pack; nothing was changed.
         """
-        parameters, optimized = self._pack.parameters, self._optimized
-        moments: dict[Tensor, dict[str, Tensor]] = {}
+        current = self._tensors
         try:
             header, tensors = read_safetensors(data, "training")
             history = [[Epoch(**seen) for seen in epoch] for epoch in header["history"]]
             if header["of"] != self._identity or header["epoch"] != len(history):
                 raise ValueError("it is of other points or settings")
-            saved = [tensors.pop(f"parameter.{index}") for index in range(len(parameters))]
-            if [tensor.shape for tensor in saved] != [parameter.shape for parameter in parameters]:
-                raise ValueError("its parameters have other shapes")
-            for name, tensor in tensors.items():
-                _, position, kind = name.split(".")
-                # A fused optimizer keeps its step count on the device too.
-                moments.setdefault(optimized[int(position)], {})[kind] = tensor.to(self._pack.device)
-        except (KeyError, IndexError, TypeError, ValueError, safetensors.SafetensorError) as error:
+            if {name: each.shape for name, each in tensors.items()} != {
+                name: each.shape for name, each in current.items()
+            }:
+                raise ValueError("its tensors have other names or shapes")
+        except (KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
             raise ValueError(f"not a checkpoint of this pack: {error}") from error
-        for parameter, tensor in zip(parameters, saved, strict=True):
-            parameter.copy_(tensor)
-        self._optimizer.state.clear()
-        self._optimizer.state.update(moments)
+        for name, tensor in tensors.items():
+            current[name].copy_(tensor)
         self.epoch, self.history = header["epoch"], history
 
     @property
@@ -152,22 +146,16 @@ class Training:
         }
 
     @property
-    def _optimized(self) -> list[Tensor]:
-        return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+    def _tensors(self) -> dict[str, Tensor]:
+        """All that training changes."""
+        parameters = {f"parameter.{index}": tensor for index, tensor in enumerate(self._pack.parameters)}
+        return parameters | {f"optimizer.{name}": tensor for name, tensor in self._optimizer.tensors.items()}
 
-    def _moments(self) -> Iterator[tuple[int, str, Tensor]]:
-        for index, parameter in enumerate(self._optimized):
-            for name, value in self._optimizer.state[parameter].items():
-                if isinstance(value, Tensor):
-                    yield index, name, value.contiguous()
-
-    def _set_learning_rates(self, step: int) -> float:
-        factor = 1.0
-        if self._settings.schedule == "cosine":
-            factor = 0.5 * (1 + math.cos(math.pi * step / (self._settings.epochs * self._steps_per_epoch)))
-        for group in self._optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
-        return factor
+    def _factor(self, step: int) -> float:
+        """The share of the learning rate at a step."""
+        if self._settings.schedule == "constant":
+            return 1.0
+        return 0.5 * (1 + math.cos(math.pi * step / (self._settings.epochs * self._steps_per_epoch)))
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -187,29 +175,3 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     grad = exponential.div_(total)
     grad.scatter_add_(2, target, torch.full_like(at_target, -1.0))
     return loss, grad.div_(len(labels)).to(logits.dtype)
-
-
-def _optimizer(pack: Pack, learning_rates: list[float], settings: TrainingSettings) -> torch.optim.Optimizer:
-    """A fused optimizer with one group for each run of equal learning rates."""
-    groups = []
-    for start, stop in _runs(learning_rates):
-        views = []
-        for parameter in pack.parameters:
-            view = parameter[start:stop]
-            view.grad = parameter.grad[start:stop] if parameter.grad is not None else None
-            if view.numel():
-                views.append(view)
-        groups.append({"params": views, "lr": learning_rates[start], "initial_lr": learning_rates[start]})
-    decay = settings.weight_decay
-    if settings.optimizer == "sgd":
-        return torch.optim.SGD(groups, momentum=settings.momentum, weight_decay=decay, fused=True)
-    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[settings.optimizer]
-    return kind(groups, weight_decay=decay, fused=True)
-
-
-def _runs(values: list[float]) -> Iterator[tuple[int, int]]:
-    start = 0
-    for stop in range(1, len(values) + 1):
-        if stop == len(values) or values[stop] != values[start]:
-            yield start, stop
-            start = stop

@@ -22,6 +22,8 @@ os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
+# Workers compete with the driver, which draws and logs meanwhile; Ray would put them far behind it.
+os.environ.setdefault("RAY_worker_niceness", "0")
 # Idle workers, which have imported torch, stay for the next task's scans instead of ending after a second.
 os.environ.setdefault("RAY_num_workers_soft_limit", str(2 * (os.cpu_count() or 1)))
 
@@ -156,7 +158,11 @@ def connect(address: str, resources: ResourcesConfig) -> Iterator[Cluster]:
     except ConnectionError as error:
         raise InputError(f"--address {address}: no Ray cluster can be reached: {error}") from error
     try:
-        yield Cluster(resources)
+        cluster = Cluster(resources)
+        # The first packs find processes that have imported torch while the driver was loading its data.
+        for _ in range(cluster.capacity.num_slots):
+            _warm_up.options(num_cpus=resources.cpu).remote()
+        yield cluster
     finally:
         ray.shutdown()
 
@@ -184,6 +190,11 @@ def _scan_task(inputs: TaskInputs, point: Point, min_correct: int, rule: str) ->
     from clnp_search.search.trial import scan_point
 
     return scan_point(inputs, point, min_correct, rule)
+
+
+@ray.remote
+def _warm_up() -> None:
+    import clnp_search.search.trial  # noqa: F401
 
 
 @ray.remote
