@@ -1,4 +1,7 @@
-"""A sweep file as frozen, validated objects. Every fault is named at once, before any work."""
+"""A sweep file as frozen, validated objects. Every fault is named at once, before any work.
+
+Torch is imported where it is needed, so that a faulty file is refused at once and Ray starts without waiting for it.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import io
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -23,12 +26,13 @@ from pydantic import (
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from clnp_search.clnp.activations import ACTIVATIONS
-from clnp_search.clnp.state import Architecture
-from clnp_search.clnp.training import TrainingSettings
 from clnp_search.errors import InputError
 from clnp_search.storage import NAME_PATTERN, RunFolder
 from clnp_search.tasks import SCENARIOS
+
+if TYPE_CHECKING:
+    from clnp_search.clnp.state import Architecture
+    from clnp_search.clnp.training import TrainingSettings
 
 
 def _parse_margin(value: Any) -> Any:
@@ -109,8 +113,8 @@ class NetworkConfig(_Section):
     """Kind of network."""
     hidden: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
     """Units of each hidden layer."""
-    activation: Annotated[str, _one_of(ACTIVATIONS)] = "relu"
-    """Activation of the hidden layers: relu, sigmoid or tanh."""
+    activation: Literal["relu", "sigmoid", "tanh"] = "relu"
+    """Activation of the hidden layers."""
 
 
 class HeadConfig(_Section):
@@ -143,6 +147,8 @@ class TrainingConfig(_Section):
     @property
     def settings(self) -> TrainingSettings:
         """The same for `clnp/`."""
+        from clnp_search.clnp.training import TrainingSettings
+
         return TrainingSettings(**self.model_dump())
 
 
@@ -226,6 +232,8 @@ class Sweep(_Section):
 
     def architecture(self, in_features: int) -> Architecture:
         """The network for samples of `in_features` values."""
+        from clnp_search.clnp.state import Architecture
+
         return Architecture(in_features, self.network.hidden, self.network.activation, self.head.kind, self.head.bias)
 
     def layer_alphas(self, alpha: float | tuple[float, ...]) -> tuple[float, ...]:

@@ -18,6 +18,7 @@ from clnp_search.clnp.state import State, commit
 from clnp_search.clnp.subnetwork import Subnetwork, subnetworks
 from clnp_search.config import Sweep
 from clnp_search.errors import InputError
+from clnp_search.listener import Listener
 from clnp_search.records import (
     Environment,
     PackProgress,
@@ -51,25 +52,6 @@ if TYPE_CHECKING:
     from clnp_search.search.cluster import Cluster
 
 logger = logging.getLogger(__name__)
-
-
-class Listener:
-    """What is told how a sequence goes on; each method may be left as it is."""
-
-    def task_planned(self, plan: TaskPlan, finished_points: int) -> None:
-        """A task's grid is decided; some of its points may be finished already."""
-
-    def training(self, progress: PackProgress) -> None:
-        """Packs in flight have reported."""
-
-    def points_finished(self, records: Sequence[PointRecord]) -> None:
-        """All points of the task are recorded."""
-
-    def scanned(self, done: int, total: int) -> None:
-        """Some of the candidates' threshold scans are done."""
-
-    def committed(self, summary: Summary, seconds: float) -> None:
-        """A task is committed and reported."""
 
 
 class TaskSequence:

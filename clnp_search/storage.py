@@ -15,12 +15,11 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pyarrow.fs
 from pydantic import TypeAdapter, ValidationError
 
-from clnp_search.clnp.state import FreeParameters, State
 from clnp_search.errors import InputError
 from clnp_search.records import (
     CurveStep,
@@ -31,6 +30,9 @@ from clnp_search.records import (
     TaskPlan,
     TaskResult,
 )
+
+if TYPE_CHECKING:
+    from clnp_search.clnp.state import FreeParameters, State
 
 T = TypeVar("T")
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
@@ -175,6 +177,8 @@ class RunFolder:
 
     def read_trained(self, task: int, name: str) -> FreeParameters:
         """A finished point's parameters."""
+        from clnp_search.clnp.state import FreeParameters
+
         path = f"{_task(task)}/points/{name}.safetensors"
         try:
             return FreeParameters.from_bytes(self.read(path))
@@ -243,6 +247,8 @@ class RunFolder:
             InputError: The task is not committed.
             ValueError: The file is damaged.
         """
+        from clnp_search.clnp.state import State
+
         path = f"{_task(task)}/state.safetensors"
         try:
             data = self.read(path)

@@ -19,6 +19,7 @@ LEVELS = [
     {"cli"},
     {"verification"},
     {"sequence"},
+    {"listener"},
     {"search", "selection", "tracking", "report"},
     {"config"},
     {"tasks", "storage"},

@@ -22,6 +22,7 @@ from clnp_search.errors import InputError, Interrupted
 if TYPE_CHECKING:
     from clnp_search.config import Sweep
     from clnp_search.records import Summary
+    from clnp_search.sequence import TaskSequence
     from clnp_search.storage import RunFolder
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -396,16 +397,18 @@ def _execute(sweep: Sweep, folder: RunFolder, address: str, as_json: bool) -> No
     from clnp_search.cli.publisher import Publisher
     from clnp_search.cli.view import LiveView, summary_line, summary_table
     from clnp_search.search.cluster import connect
-    from clnp_search.sequence import Runner, TaskSequence
 
     publisher = Publisher(folder, sweep)
     view = LiveView(err, sweep.scenario.tasks, sweep.training.epochs, folder.read_results())
     try:
-        # Importing a data set's library takes about as long as Ray's start, so the two go on side by side.
+        # Importing torch, Tune and the data set's library takes about as long as Ray's start: they go side by side.
         with ThreadPoolExecutor(1) as loader, view, publisher:
-            loading = loader.submit(TaskSequence, sweep)
+            loading = loader.submit(_load, sweep)
             with connect(address, sweep.resources) as cluster:
-                summary = Runner(loading.result(), folder, cluster, [view, publisher]).run()
+                sequence = loading.result()
+                from clnp_search.sequence import Runner
+
+                summary = Runner(sequence, folder, cluster, [view, publisher]).run()
     except KeyboardInterrupt:
         raise Interrupted(
             f"interrupted; every finished point is kept. Go on with: clnp-search resume {_shown(folder)}"
@@ -419,6 +422,13 @@ def _execute(sweep: Sweep, folder: RunFolder, address: str, as_json: bool) -> No
         _print_json(asdict(summary))
         return
     _print_end(summary, folder, sweep, summary_table(summary), summary_line(summary))
+
+
+def _load(sweep: Sweep) -> TaskSequence:
+    import clnp_search.search.tuning  # noqa: F401
+    from clnp_search.sequence import TaskSequence
+
+    return TaskSequence(sweep)
 
 
 def _print_end(summary: Summary, folder: RunFolder, sweep: Sweep, table: Table, line: str) -> None:

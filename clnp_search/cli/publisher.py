@@ -10,8 +10,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from clnp_search.config import Sweep
+from clnp_search.listener import Listener
 from clnp_search.records import PointRecord, Summary
-from clnp_search.sequence import Listener
 from clnp_search.storage import RunFolder
 
 if TYPE_CHECKING:

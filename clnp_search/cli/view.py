@@ -13,8 +13,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from clnp_search.listener import Listener
 from clnp_search.records import PackProgress, PointRecord, Summary, TaskPlan, TaskResult, Units
-from clnp_search.sequence import Listener
 
 
 class LiveView(Listener):

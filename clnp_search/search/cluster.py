@@ -28,38 +28,16 @@ os.environ.setdefault("RAY_worker_niceness", "0")
 os.environ.setdefault("RAY_num_workers_soft_limit", str(2 * (os.cpu_count() or 1)))
 
 import ray
-from ray import tune
 
 from clnp_search.errors import InputError
-from clnp_search.records import PackProgress
 from clnp_search.search.capacity import MEMORY_SHARE, Node, capacity_of
 
 if TYPE_CHECKING:
     from clnp_search.config import ResourcesConfig
-    from clnp_search.records import Point, ScanRecord, TaskPlan
+    from clnp_search.records import PackProgress, Point, ScanRecord, TaskPlan
     from clnp_search.search.trial import TaskInputs
 
 logger = logging.getLogger(__name__)
-
-
-class _Watcher(tune.Callback):
-    """Hands Tune's results on; runs in the driver."""
-
-    def __init__(self, listen: Callable[[PackProgress], None]) -> None:
-        self._listen = listen
-        self._epochs: dict[int, int] = {}
-        self._best = 0.0
-
-    def on_trial_result(
-        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
-    ) -> None:
-        if "epochs_done" in result:
-            self._epochs[trial.config["pack"]] = result["epochs_done"]
-            self._best = max(self._best, result["best_val_accuracy"])
-            self._listen(PackProgress(dict(self._epochs), self._best))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune pickles callbacks with its experiment; the listener is of this process only
 
 
 class Cluster:
@@ -105,26 +83,11 @@ class Cluster:
         Returns:
             For each pack that failed for good, the reason.
         """
-        path, filesystem = ray_folder
+        from clnp_search.search.tuning import run_trials
+
         bundle = {"CPU": float(self.resources.cpu)} | ({"GPU": self.resources.gpu} if self.resources.gpu else {})
-        # A reference inside a list stays one: the trial hands it on without reading the inputs itself.
-        trainable = tune.with_parameters(_train_trial, shared=[shared], bundle=bundle)
-        tuner = tune.Tuner(
-            tune.with_resources(trainable, tune.PlacementGroupFactory([{}, bundle])),
-            param_space={"pack": tune.grid_search(list(packs))},
-            tune_config=tune.TuneConfig(reuse_actors=True),
-            run_config=tune.RunConfig(
-                # Tune mixes trials of equal experiment names, so each attempt has its own.
-                name=f"task-{plan.task:03d}-{time.time_ns():x}",
-                storage_path=path,
-                storage_filesystem=filesystem,
-                failure_config=tune.FailureConfig(max_failures=max_failures),
-                callbacks=[_Watcher(listen)],
-                verbose=0,
-            ),
-        )
-        results = tuner.fit()
-        return {result.config["pack"]: str(result.error).strip().splitlines()[-1] for result in results if result.error}
+        name = f"task-{plan.task:03d}-{time.time_ns():x}"
+        return run_trials(shared, packs, bundle, ray_folder, name, max_failures, listen)
 
     def scan(self, shared: ray.ObjectRef, points: Sequence[Point], min_correct: int, rule: str) -> Iterator[ScanRecord]:
         """Scans candidates in parallel; gives each record as it is done."""
@@ -159,30 +122,12 @@ def connect(address: str, resources: ResourcesConfig) -> Iterator[Cluster]:
         raise InputError(f"--address {address}: no Ray cluster can be reached: {error}") from error
     try:
         cluster = Cluster(resources)
-        # The first packs find processes that have imported torch while the driver was loading its data.
-        for _ in range(cluster.capacity.num_slots):
-            _warm_up.options(num_cpus=resources.cpu).remote()
+        # Ray starts a worker for each core; whichever of them gets the first pack shall have imported torch by then.
+        for _ in range(min(int(cluster.capacity.cpus), 2 * cluster.capacity.num_slots)):
+            _warm_up.remote()
         yield cluster
     finally:
         ray.shutdown()
-
-
-def _train_trial(config: dict[str, Any], shared: list[ray.ObjectRef], bundle: dict[str, float]) -> None:
-    """A Tune trial: runs its pack inside the trial's resources and reports what comes of it."""
-    task = _pack_task.options(num_cpus=bundle["CPU"], num_gpus=bundle.get("GPU", 0))
-    for progress in task.remote(shared[0], config["pack"]):
-        tune.report(ray.get(progress))
-
-
-@ray.remote(max_retries=0)
-def _pack_task(inputs: TaskInputs, pack: int) -> Iterator[dict[str, float]]:
-    from clnp_search.search.trial import run_pack
-
-    plan = inputs.plan
-    for training in run_pack(inputs, [plan.points[index] for index in plan.packs[pack]]):
-        yield {"epochs_done": training.epoch, "best_val_accuracy": training.best_val_accuracy}
-    # A trial without a result counts as failed; points that had been finished before give none.
-    yield {"done": True}
 
 
 @ray.remote(max_retries=2)
@@ -192,7 +137,7 @@ def _scan_task(inputs: TaskInputs, point: Point, min_correct: int, rule: str) ->
     return scan_point(inputs, point, min_correct, rule)
 
 
-@ray.remote
+@ray.remote(num_cpus=0)
 def _warm_up() -> None:
     import clnp_search.search.trial  # noqa: F401
 

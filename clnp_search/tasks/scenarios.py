@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from clnp_search.clnp.seeds import generator
-from clnp_search.clnp.state import InputTransform, TaskInfo
 from clnp_search.errors import InputError
 from clnp_search.tasks.data import RawData, load_digits, load_mnist
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from clnp_search.clnp.state import TaskInfo
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,11 @@ class Task:
         Raises:
             InputError: The training set has too few samples for that.
         """
+        import torch
+
+        from clnp_search.clnp.seeds import generator
+        from clnp_search.clnp.state import InputTransform, TaskInfo
+
         features = int(np.prod(raw.train_inputs.shape[1:]))
         permutation = None
         if self.permuted:
@@ -85,6 +92,8 @@ class Task:
         )
 
     def _select(self, inputs: np.ndarray, labels: np.ndarray) -> Split:
+        import torch
+
         if self.classes is None:
             return Split(torch.from_numpy(inputs), torch.from_numpy(labels))
         kept = np.isin(labels, self.classes)
