@@ -68,8 +68,7 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     for name in ("ray", "ray.tune"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupt)
+    _handle_signals()
     try:
         status = app(standalone_mode=False) or DONE
     except InputError as error:
@@ -405,6 +404,7 @@ def _execute(sweep: Sweep, folder: RunFolder, address: str, as_json: bool) -> No
         with ThreadPoolExecutor(1) as loader, view, publisher:
             loading = loader.submit(_load, sweep)
             with connect(address, sweep.resources) as cluster:
+                _handle_signals()  # again, because ray.init puts its own handler of SIGTERM in place
                 sequence = loading.result()
                 from clnp_search.sequence import Runner
 
@@ -501,6 +501,11 @@ def _print_json(document: Any) -> None:
 def _complain(status: int, message: str) -> int:
     err.print(message, style="red" if status in (FAILED, INPUT_WRONG) else "yellow", markup=False, highlight=False)
     return status
+
+
+def _handle_signals() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
 
 
 def _interrupt(number: int, frame: Any) -> NoReturn:

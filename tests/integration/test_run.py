@@ -191,7 +191,7 @@ def test_a_diverging_point_is_recorded_and_the_search_goes_on(cli: Cli) -> None:
 
 
 def test_a_depleted_network_is_reported_and_can_stop_the_sequence(cli: Cli) -> None:
-    size = ["--set", "network.hidden=[6, 4]", "--set", "search.alpha=[0]", "--set", "forgetting.margin=0"]
+    size = ["--set", "network.hidden=[8, 2]", "--set", "search.alpha=[0]", "--set", "forgetting.margin=0"]
     stop = ["--set", "capacity.on_depletion=stop", "--set", "search.learning_rate=0.01"]
     summary = cli.json("run", "sweep.yaml", "--name", "small", "--tracking-uri", "none", *size, *stop)
     assert summary["status"] == "depleted"
