@@ -315,7 +315,7 @@ def export(
     else:
         shape = " x ".join(str(size) for size in network.info.input_shape)
         out.print(
-            f"{out_file}: task {task}, {len(data)} bytes; takes raw float32 samples [batch x {shape}], gives logits"
+            f"{out_file}: task {task}, {len(data)} bytes; takes raw float32 samples (batch x {shape}), gives logits"
         )
 
 
