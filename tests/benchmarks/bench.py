@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import pickle
 import platform
 import statistics
 import subprocess
@@ -367,9 +366,8 @@ def memory(options: Options) -> Iterator[Row]:
     for hidden, points in ((NARROW, 12), (WIDE, 1)):
         with tempfile.TemporaryDirectory() as folder:
             inputs = _task_inputs(options, hidden, make_points(points), folder)
-            path = Path(folder, "inputs.pickle")
-            path.write_bytes(pickle.dumps(inputs, protocol=pickle.HIGHEST_PROTOCOL))
-            command = [sys.executable, str(Path(__file__)), "--pack", str(path)]
+            command = [sys.executable, str(Path(__file__)), "--root", str(options.root), *["--quick"] * options.quick]
+            command += ["--pack", str(hidden[0]), str(points), folder]
             [output], _ = _run_all([command])
         data = inputs.data()
         estimate = estimate_memory(inputs.state, CLASSES, len(data.train), len(data.validation), inputs.settings)
@@ -388,12 +386,12 @@ def _task_inputs(options: Options, hidden: tuple[int, ...], points: list[Point],
     return TaskInputs(f"{folder}/run", plan, options.raw(), task, options.validation, "standard", state, settings(1), 0)
 
 
-def train_pack_alone(path: Path) -> None:
+def train_pack_alone(options: Options, width: int, points: int, folder: str) -> None:
     """What a trial's process does for one pack; prints its resident bytes before any data, and at the peak."""
     import clnp_search.search.cluster  # noqa: F401  (as a worker does, to find the function; with it, Ray)
 
     before = _resident("VmRSS")
-    inputs = pickle.loads(path.read_bytes())
+    inputs = _task_inputs(options, (width, width), make_points(points), folder)
     for _ in run_pack(inputs, inputs.plan.points):
         pass
     folder = RunFolder(inputs.run)
@@ -490,10 +488,11 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="only see that it runs: the figures mean nothing")
     parser.add_argument("--full", action="store_true", help="three seeds where seeds matter (bf16)")
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of a table")
-    parser.add_argument("--pack", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--pack", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.pack:
-        train_pack_alone(args.pack)
+        width, points, folder = args.pack
+        train_pack_alone(Options(args.root, args.quick, args.full), int(width), int(points), folder)
         return
     if unknown := set(args.names) - set(BENCHMARKS):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(BENCHMARKS)}")
