@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from clnp_search import selection
-from clnp_search.clnp.state import State, commit
+from clnp_search.clnp.state import Architecture, State, commit
 from clnp_search.clnp.subnetwork import Subnetwork, subnetworks
 from clnp_search.config import Sweep
 from clnp_search.errors import InputError
@@ -22,6 +22,7 @@ from clnp_search.listener import Listener
 from clnp_search.records import (
     Environment,
     PackProgress,
+    Packs,
     Point,
     PointRecord,
     RunStatus,
@@ -42,7 +43,7 @@ from clnp_search.search.points import (
     pack_points,
     point_key,
 )
-from clnp_search.search.trial import TaskInputs
+from clnp_search.search.trial import RunInputs
 from clnp_search.storage import RunFolder
 from clnp_search.tasks import SCENARIOS, Split, Task, TaskData
 
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from ray import ObjectRef
 
     from clnp_search.search.cluster import Cluster
+    from clnp_search.search.tuning import Program
 
 logger = logging.getLogger(__name__)
 
@@ -83,10 +85,14 @@ class TaskSequence:
         """The hash of all that a point's result depends on, besides the machine."""
         return point_key(state.digest, self.task(index), self._digest, self.sweep, point)
 
+    @property
+    def architecture(self) -> Architecture:
+        """The network of all tasks."""
+        return self.sweep.architecture(self.raw.train_inputs[0].size)
+
     def empty_state(self) -> State:
         """The state before the first task."""
-        in_features = self.raw.train_inputs[0].size
-        return State.empty(self.sweep.architecture(in_features))
+        return State.empty(self.architecture)
 
     def memory(self, state: State, index: int) -> MemoryEstimate:
         """What a trial of the task at `index` needs."""
@@ -123,13 +129,17 @@ class Runner:
         Raises:
             RuntimeError: A task has no usable point. What is finished stays, and the run can be resumed.
         """
+        retries = self._sweep.search.max_failures
+        return self._cluster.train(self._tasks(), self._shared, self._folder.ray_folder, retries, self._training)
+
+    def _tasks(self) -> Program[Summary]:
         results = self._folder.read_results()
         state = self._folder.read_state(len(results) - 1) if results else self._sequence.empty_state()
         summary = self._write_summary(results, state)
         try:
             while summary.status == "running":
                 started = time.perf_counter()
-                result, state = self._run_task(len(results), state)
+                result, state = yield from self._run_task(len(results), state)
                 results = (*results, result)
                 summary = self._write_summary(results, state)
                 for listener in self._listeners:
@@ -139,24 +149,28 @@ class Runner:
             raise
         return summary
 
-    def _run_task(self, index: int, state: State) -> tuple[TaskResult, State]:
+    @cached_property
+    def _shared(self) -> ObjectRef:
+        sweep, sequence = self._sweep, self._sequence
+        return self._cluster.share(
+            RunInputs(
+                folder=self._folder.uri,
+                raw=sequence.raw,
+                tasks=tuple(sequence.task(index) for index in range(len(sequence))),
+                validation=sweep.scenario.validation,
+                scaling=sweep.scenario.scaling,
+                architecture=sequence.architecture,
+                settings=sweep.training.settings,
+                seed=sweep.seed,
+            )
+        )
+
+    def _run_task(self, index: int, state: State) -> Program[tuple[TaskResult, State]]:
         started = time.perf_counter()
         sweep, folder = self._sweep, self._folder
         plan = self._plan(index, state)
-        inputs = TaskInputs(
-            run=folder.uri,
-            plan=plan,
-            raw=self._sequence.raw,
-            task=self._sequence.task(index),
-            validation=sweep.scenario.validation,
-            scaling=sweep.scenario.scaling,
-            state=state,
-            settings=sweep.training.settings,
-            seed=sweep.seed,
-        )
-        shared = self._cluster.share(inputs)
-        records = self._train(shared, plan)
-        scans = self._scan(shared, index, records)
+        records = yield from self._train(plan)
+        scans = self._scan(index, records)
         choice = selection.choose(records, scans, sweep.forgetting.margin, sweep.forgetting.sparsity)
         scan = next(scan for scan in scans if scan.point == choice.chosen)
         assert scan.theta is not None
@@ -225,17 +239,14 @@ class Runner:
         assert choice is not None, "task 0 is committed"
         return first.points[choice.chosen]
 
-    def _train(self, shared: ObjectRef, plan: TaskPlan) -> list[PointRecord]:
+    def _train(self, plan: TaskPlan) -> Program[list[PointRecord]]:
         """Trains what is missing; every point of the plan has a record afterwards."""
         folder = self._folder
         recorded = {point.index for point in plan.points if self._is_recorded(plan, point)}
         for listener in self._listeners:
             listener.task_planned(plan, len(recorded))
-        missing = [index for index, pack in enumerate(plan.packs) if not recorded.issuperset(pack)]
-        failed: dict[int, str] = {}
-        if missing:
-            retries = self._sweep.search.max_failures
-            failed = self._cluster.train(shared, plan, missing, folder.ray_folder, retries, self._training)
+        missing = tuple(index for index, pack in enumerate(plan.packs) if not recorded.issuperset(pack))
+        failed = (yield Packs(plan.task, missing)) if missing else {}
         for index, pack in enumerate(plan.packs):
             for point in (plan.points[position] for position in pack):
                 if folder.read_point(plan.task, point.name) is None:
@@ -258,7 +269,7 @@ class Runner:
         for listener in self._listeners:
             listener.training(progress)
 
-    def _scan(self, shared: ObjectRef, task: int, records: Sequence[PointRecord]) -> list[ScanRecord]:
+    def _scan(self, task: int, records: Sequence[PointRecord]) -> list[ScanRecord]:
         """A threshold scan of every candidate; some may be recorded already."""
         rule = self._sweep.forgetting.theta
         limit, inside = selection.candidates(records, self._sweep.forgetting.margin)
@@ -270,7 +281,7 @@ class Runner:
                 missing.append(record.point)
             else:
                 scans.append(scan)
-        for scan in self._cluster.scan(shared, missing, limit, rule):
+        for scan in self._cluster.scan(self._shared, task, missing, limit, rule):
             self._folder.write_scan(task, scan, fingerprint)
             scans.append(scan)
             for listener in self._listeners:

@@ -1,8 +1,7 @@
 """Ray: where packs are trained (as Tune trials) and candidates are scanned (as tasks).
 
-A Tune trial holds its resources and watches over its pack, which is trained by a Ray task inside them. Processes that
-train or scan have imported torch, and Ray keeps them for the next task's packs and scans; a trial's own process is
-new for every experiment, so this module imports nothing heavy.
+Processes that train or scan have imported torch, and Ray keeps them for the next task's packs and scans; a trial's own
+process only watches over its pack, so this module imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 # Before ray is imported: no usage data, no second `uv run` around every worker, no progress printing of its own, one
 # working folder for all trials, and an interrupt that reaches the driver instead of only pausing Tune.
@@ -22,6 +21,8 @@ os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
+# Trials start side by side; how many there are at a time, the search says itself.
+os.environ.setdefault("TUNE_MAX_PENDING_TRIALS_PG", "1000")
 # Workers compete with the driver, which draws and logs meanwhile; Ray would put them far behind it.
 os.environ.setdefault("RAY_worker_niceness", "0")
 # Idle workers, which have imported torch, stay for the next task's scans instead of ending after a second.
@@ -34,10 +35,12 @@ from clnp_search.search.capacity import MEMORY_SHARE, Node, capacity_of
 
 if TYPE_CHECKING:
     from clnp_search.config import ResourcesConfig
-    from clnp_search.records import PackProgress, Point, ScanRecord, TaskPlan
-    from clnp_search.search.trial import TaskInputs
+    from clnp_search.records import PackProgress, Point, ScanRecord
+    from clnp_search.search.trial import RunInputs
+    from clnp_search.search.tuning import Program
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class Cluster:
@@ -61,38 +64,39 @@ class Cluster:
         whole = ray.get(_gpu_bytes.options(num_gpus=self.resources.gpu).remote())
         return int(whole * min(1.0, self.resources.gpu) * MEMORY_SHARE)
 
-    def share(self, inputs: TaskInputs) -> ray.ObjectRef:
-        """Puts a task's inputs into the object store, from where its trials and scans read them."""
+    def share(self, inputs: RunInputs) -> ray.ObjectRef:
+        """Puts a run's inputs into the object store, from where its trials and scans read them."""
         return ray.put(inputs)
 
     def train(
         self,
+        program: Program[T],
         shared: ray.ObjectRef,
-        plan: TaskPlan,
-        packs: Sequence[int],
         ray_folder: tuple[str, Any],
         max_failures: int,
         listen: Callable[[PackProgress], None],
-    ) -> dict[int, str]:
-        """Trains packs of a task as Tune trials, each of which writes its points to the run folder.
+    ) -> T:
+        """Runs a program that asks for packs, each of which a Tune trial trains and writes to the run folder.
 
         Args:
-            shared: The task's inputs.
+            shared: The run's inputs.
             ray_folder: Where Tune keeps its experiments: a path, and its pyarrow filesystem.
 
         Returns:
-            For each pack that failed for good, the reason.
+            The program's result.
         """
         from clnp_search.search.tuning import run_trials
 
         bundle = {"CPU": float(self.resources.cpu)} | ({"GPU": self.resources.gpu} if self.resources.gpu else {})
-        name = f"task-{plan.task:03d}-{time.time_ns():x}"
-        return run_trials(shared, packs, bundle, ray_folder, name, max_failures, listen)
+        slots, name = self.capacity.num_slots, f"{time.time_ns():x}"
+        return run_trials(program, shared, bundle, slots, ray_folder, name, max_failures, listen)
 
-    def scan(self, shared: ray.ObjectRef, points: Sequence[Point], min_correct: int, rule: str) -> Iterator[ScanRecord]:
+    def scan(
+        self, shared: ray.ObjectRef, task: int, points: Sequence[Point], min_correct: int, rule: str
+    ) -> Iterator[ScanRecord]:
         """Scans candidates in parallel; gives each record as it is done."""
         remote = _scan_task.options(num_cpus=self.resources.cpu, num_gpus=self.resources.gpu)
-        waiting = [remote.remote(shared, point, min_correct, rule) for point in points]
+        waiting = [remote.remote(shared, task, point, min_correct, rule) for point in points]
         while waiting:
             done, waiting = ray.wait(waiting)
             yield ray.get(done[0])
@@ -131,10 +135,10 @@ def connect(address: str, resources: ResourcesConfig) -> Iterator[Cluster]:
 
 
 @ray.remote(max_retries=2)
-def _scan_task(inputs: TaskInputs, point: Point, min_correct: int, rule: str) -> ScanRecord:
+def _scan_task(shared: RunInputs, task: int, point: Point, min_correct: int, rule: str) -> ScanRecord:
     from clnp_search.search.trial import scan_point
 
-    return scan_point(inputs, point, min_correct, rule)
+    return scan_point(shared.of_task(task), point, min_correct, rule)
 
 
 @ray.remote(num_cpus=0)

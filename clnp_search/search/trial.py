@@ -11,7 +11,7 @@ import torch
 
 from clnp_search.clnp.pack import Features, Pack
 from clnp_search.clnp.scan import Candidate, scan
-from clnp_search.clnp.state import State
+from clnp_search.clnp.state import Architecture, State
 from clnp_search.clnp.training import Training, TrainingSettings
 from clnp_search.records import Point, PointRecord, ScanRecord, TaskPlan
 from clnp_search.search.points import pack_name
@@ -23,22 +23,39 @@ REPORT_EVERY_S = 0.5
 
 
 @dataclass(frozen=True)
-class TaskInputs:
-    """All that the trials and scans of a task read; travels once, through Ray's object store."""
+class RunInputs:
+    """What the trials and scans of all tasks read besides the run's folder; travels once, through the object store."""
 
-    run: str
-    plan: TaskPlan
+    folder: str
     raw: RawData
-    task: Task
+    tasks: tuple[Task, ...]
     validation: int
     scaling: str
-    state: State
+    architecture: Architecture
     settings: TrainingSettings
     seed: int
 
+    def of_task(self, task: int) -> TaskInputs:
+        """The inputs of a task that is planned."""
+        folder = RunFolder(self.folder)
+        plan = folder.read_plan(task)
+        assert plan is not None, "a task is planned before it is trained"
+        state = folder.read_state(task - 1) if task else State.empty(self.architecture)
+        return TaskInputs(self, plan, state)
+
+
+@dataclass(frozen=True)
+class TaskInputs:
+    """All that a trial or a scan of one task reads."""
+
+    run: RunInputs
+    plan: TaskPlan
+    state: State
+
     def data(self) -> TaskData:
         """The task's samples."""
-        return self.task.data(self.raw, self.validation, self.scaling, self.seed)
+        run = self.run
+        return run.tasks[self.plan.task].data(run.raw, run.validation, run.scaling, run.seed)
 
 
 def run_pack(inputs: TaskInputs, points: Sequence[Point]) -> Iterator[Training]:
@@ -56,7 +73,7 @@ def run_pack(inputs: TaskInputs, points: Sequence[Point]) -> Iterator[Training]:
     except OSError:
         raise
     except Exception as error:
-        folder, plan = RunFolder(inputs.run), inputs.plan
+        folder, plan = RunFolder(inputs.run.folder), inputs.plan
         for point in points:
             if folder.read_point(plan.task, point.name) is None:
                 reason = f"{type(error).__name__}: {error}"
@@ -88,7 +105,7 @@ def train_pack(inputs: TaskInputs, points: Sequence[Point], notes: tuple[str, ..
 
 
 def _train(inputs: TaskInputs, points: Sequence[Point], notes: tuple[str, ...]) -> Iterator[Training]:
-    folder, task, keys = RunFolder(inputs.run), inputs.plan.task, inputs.plan.keys
+    folder, task, keys = RunFolder(inputs.run.folder), inputs.plan.task, inputs.plan.keys
     missing = [point for point in points if folder.read_point(task, point.name) is None]
     if not missing:
         return
@@ -139,22 +156,23 @@ def _train(inputs: TaskInputs, points: Sequence[Point], notes: tuple[str, ...]) 
 
 def _begin(inputs: TaskInputs, points: Sequence[Point]) -> tuple[Pack, Training, Features]:
     """A pack before its first epoch, its training, and the training split."""
-    device = _prepare(inputs.plan, inputs.settings)
+    settings, seed = inputs.run.settings, inputs.run.seed
+    device = _prepare(inputs.plan, settings)
     data = inputs.data()
     alphas, rates = [point.alpha for point in points], [point.learning_rate for point in points]
-    pack = Pack(inputs.state, data.info.num_classes, alphas, inputs.seed, device, inputs.settings.dtype)
+    pack = Pack(inputs.state, data.info.num_classes, alphas, seed, device, settings.dtype)
     train, validation = (
         pack.features(data.info.transform(split.inputs.to(device)), split.labels)
         for split in (data.train, data.validation)
     )
-    return pack, Training(pack, rates, train, validation, inputs.settings, inputs.seed, inputs.plan.task), train
+    return pack, Training(pack, rates, train, validation, settings, seed, inputs.plan.task), train
 
 
 def scan_point(inputs: TaskInputs, point: Point, min_correct: int, rule: str) -> ScanRecord:
     """The threshold scan of a finished point."""
-    device = _prepare(inputs.plan, inputs.settings)
+    device = _prepare(inputs.plan, inputs.run.settings)
     data = inputs.data()
-    trained = RunFolder(inputs.run).read_trained(inputs.plan.task, point.name)
+    trained = RunFolder(inputs.run.folder).read_trained(inputs.plan.task, point.name)
     values = data.info.transform(data.validation.inputs.to(device))
     candidate = Candidate(inputs.state, trained, values, data.validation.labels.to(device))
     return scan(candidate, point.index, min_correct, rule)

@@ -1,89 +1,173 @@
-"""Packs as Ray Tune trials. A trial's process imports this module, so it imports nothing heavy besides Tune."""
+"""Packs as Ray Tune trials. A trial's process imports this module, so it imports nothing heavy besides Tune.
+
+Ray starts a new process for each trial of an experiment, which takes longer than training a small network, and keeps
+one for its next trial. So all tasks of a run are one experiment: Tune asks for a next trial, and is given the next
+task's packs once the last task is committed. A trial holds no CPUs or GPUs while it waits for that; it watches over
+its pack, which is trained by a Ray task with the resources of a trial.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Generator, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
 from ray import tune
+from ray.tune.search import Searcher
 
-from clnp_search.records import PackProgress
+from clnp_search.records import PackProgress, Packs
 
 if TYPE_CHECKING:
-    from clnp_search.search.trial import TaskInputs
+    from clnp_search.search.trial import RunInputs
+
+T = TypeVar("T")
+WATCHER_BYTES = 256 << 20
+
+
+# Asks for packs to be trained, is sent the reason of each one that failed for good, and ends with a result.
+Program = Generator[Packs, dict[int, str], T]
 
 
 def run_trials(
+    program: Program[T],
     shared: ray.ObjectRef,
-    packs: Sequence[int],
     bundle: dict[str, float],
+    num_slots: int,
     ray_folder: tuple[str, Any],
     name: str,
     max_failures: int,
     listen: Callable[[PackProgress], None],
-) -> dict[int, str]:
-    """Runs one trial for each pack, and tells how they go on.
+) -> T:
+    """Runs a program, and one trial for each pack that it asks for.
 
     Args:
-        shared: The task's inputs.
-        bundle: What each trial is given.
+        shared: The run's inputs.
+        bundle: The resources with which a pack is trained.
+        num_slots: How many packs are trained at a time.
+        ray_folder: Where Tune keeps its experiments: a path, and its pyarrow filesystem.
         name: Of the Tune experiment; new for every call, because Tune mixes trials of equal names.
+        listen: Is told how the packs go on.
 
     Returns:
-        For each pack that failed for good, the reason.
+        The program's result.
     """
+    feed = _Feed(program, num_slots)
     path, filesystem = ray_folder
-    # A reference inside a list stays one: the trial hands it on without reading the inputs itself.
-    trainable = tune.with_parameters(_train_trial, shared=[shared], bundle=bundle)
-    tuner = tune.Tuner(
-        tune.with_resources(trainable, tune.PlacementGroupFactory([{}, bundle])),
-        param_space={"pack": tune.grid_search(list(packs))},
-        tune_config=tune.TuneConfig(reuse_actors=True),
-        run_config=tune.RunConfig(
-            name=name,
-            storage_path=path,
-            storage_filesystem=filesystem,
-            failure_config=tune.FailureConfig(max_failures=max_failures),
-            callbacks=[_Watcher(listen)],
-            verbose=0,
-        ),
-    )
-    results = tuner.fit()
-    return {result.config["pack"]: str(result.error).strip().splitlines()[-1] for result in results if result.error}
+    if not feed.finished:
+        # A reference inside a list stays one: the trial hands it on without reading the inputs itself.
+        trainable = tune.with_parameters(_train_trial, shared=[shared], bundle=bundle)
+        tune.Tuner(
+            tune.with_resources(trainable, {"memory": WATCHER_BYTES}),
+            tune_config=tune.TuneConfig(search_alg=feed, num_samples=-1, reuse_actors=True),
+            run_config=tune.RunConfig(
+                name=name,
+                storage_path=path,
+                storage_filesystem=filesystem,
+                failure_config=tune.FailureConfig(max_failures=max_failures),
+                callbacks=[_Watcher(feed, listen)],
+                verbose=0,
+            ),
+        ).fit()
+    return feed.result()
+
+
+class _Feed(Searcher):
+    """Gives Tune a program's packs as trials, and goes on with the program when all of a request are done."""
+
+    def __init__(self, program: Program[Any], num_slots: int) -> None:
+        super().__init__()
+        self.failed: dict[int, str] = {}
+        self.finished = False
+        self._program, self._num_slots = program, num_slots
+        self._result: Any = None
+        self._error: Exception | None = None
+        self._task = 0
+        self._waiting: list[int] = []
+        self._running: set[str] = set()
+        self._advance(None)
+
+    def result(self) -> Any:
+        """What the program returned; raises what it raised."""
+        if self._error is not None:
+            raise self._error
+        return self._result
+
+    def suggest(self, trial_id: str) -> dict[str, int] | str | None:
+        """The next trial's pack; None while there is none, or no slot for it."""
+        if not self._waiting and not self._running and not self.finished:
+            self._advance(self.failed)
+        if self.finished:
+            return Searcher.FINISHED
+        if not self._waiting or len(self._running) >= self._num_slots:
+            return None
+        self._running.add(trial_id)
+        return {"task": self._task, "pack": self._waiting.pop(0)}
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        self._running.discard(trial_id)
+
+    def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
+        return True  # there is nothing to optimise: the packs are given
+
+    def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
+        """Nothing: a resumed run reads its own records."""
+
+    def get_state(self) -> dict[str, Any]:
+        return {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune pickles its experiment; the program is of this process only
+
+    def _advance(self, failed: dict[int, str] | None) -> None:
+        try:
+            packs = next(self._program) if failed is None else self._program.send(failed)
+            self._task, self._waiting, self.failed = packs.task, list(packs.indices), {}
+        except StopIteration as end:
+            self._result, self.finished = end.value, True
+        except Exception as error:  # Tune would wrap it
+            self._error, self.finished = error, True
 
 
 class _Watcher(tune.Callback):
     """Hands Tune's results on; runs in the driver."""
 
-    def __init__(self, listen: Callable[[PackProgress], None]) -> None:
-        self._listen = listen
-        self._epochs: dict[int, int] = {}
-        self._best = 0.0
+    def __init__(self, feed: _Feed, listen: Callable[[PackProgress], None]) -> None:
+        self._feed, self._listen = feed, listen
+        self._task, self._epochs, self._best = -1, dict[int, int](), 0.0
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         if "epochs_done" in result:
+            if trial.config["task"] != self._task:
+                self._task, self._epochs, self._best = trial.config["task"], {}, 0.0
             self._epochs[trial.config["pack"]] = result["epochs_done"]
             self._best = max(self._best, result["best_val_accuracy"])
             self._listen(PackProgress(dict(self._epochs), self._best))
 
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._feed.failed[trial.config["pack"]] = str(trial.get_error()).strip().splitlines()[-1]
+
     def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune pickles callbacks with its experiment; the listener is of this process only
+        return {}  # as the feed
 
 
 def _train_trial(config: dict[str, Any], shared: list[ray.ObjectRef], bundle: dict[str, float]) -> None:
-    """A Tune trial: runs its pack inside the trial's resources and reports what comes of it."""
-    task = _pack_task.options(num_cpus=bundle["CPU"], num_gpus=bundle.get("GPU", 0))
-    for progress in task.remote(shared[0], config["pack"]):
+    """A Tune trial: has its pack trained and reports what comes of it."""
+    task = _pack_task.options(
+        num_cpus=bundle["CPU"],
+        num_gpus=bundle.get("GPU", 0),
+        scheduling_strategy="DEFAULT",  # not inside the trial's own placement group
+    )
+    for progress in task.remote(shared[0], config["task"], config["pack"]):
         tune.report(ray.get(progress))
 
 
 @ray.remote(max_retries=0)
-def _pack_task(inputs: TaskInputs, pack: int) -> Iterator[dict[str, float]]:
+def _pack_task(shared: RunInputs, task: int, pack: int) -> Iterator[dict[str, float]]:
     from clnp_search.search.trial import run_pack
 
+    inputs = shared.of_task(task)
     plan = inputs.plan
     for training in run_pack(inputs, [plan.points[index] for index in plan.packs[pack]]):
         yield {"epochs_done": training.epoch, "best_val_accuracy": training.best_val_accuracy}

@@ -35,7 +35,7 @@ from clnp_search.clnp.state import Architecture, InputTransform, State, TaskInfo
 from clnp_search.clnp.training import Training, TrainingSettings
 from clnp_search.records import Environment, Point, TaskPlan
 from clnp_search.search.points import estimate_memory, pack_name
-from clnp_search.search.trial import TaskInputs, run_pack
+from clnp_search.search.trial import RunInputs, TaskInputs, run_pack
 from clnp_search.selection import min_correct
 from clnp_search.storage import RunFolder
 from clnp_search.tasks import SCENARIOS, RawData, TaskData
@@ -370,7 +370,7 @@ def memory(options: Options) -> Iterator[Row]:
             command += ["--pack", str(hidden[0]), str(points), folder]
             [output], _ = _run_all([command])
         data = inputs.data()
-        estimate = estimate_memory(inputs.state, CLASSES, len(data.train), len(data.validation), inputs.settings)
+        estimate = estimate_memory(inputs.state, CLASSES, len(data.train), len(data.validation), settings(1))
         before, peak = map(int, output.split())
         planned = estimate.total(points)
         detail = f"{peak / 2**20:.0f} MiB / {planned / 2**20:.0f} MiB; before any data {before / 2**20:.0f} MiB"
@@ -383,7 +383,9 @@ def _task_inputs(options: Options, hidden: tuple[int, ...], points: list[Point],
     keys = tuple(pack_name([point.name]) for point in points)
     here = Environment("cpu", 1, "float32", torch.__version__, version("clnp-search"))
     plan = TaskPlan(0, task.name, state.digest, tuple(points), keys, (tuple(range(len(points))),), here)
-    return TaskInputs(f"{folder}/run", plan, options.raw(), task, options.validation, "standard", state, settings(1), 0)
+    raw, validation = options.raw(), options.validation
+    run = RunInputs(f"{folder}/run", raw, (task,), validation, "standard", state.architecture, settings(1), 0)
+    return TaskInputs(run, plan, state)
 
 
 def train_pack_alone(options: Options, width: int, points: int, folder: str) -> None:
@@ -394,7 +396,7 @@ def train_pack_alone(options: Options, width: int, points: int, folder: str) -> 
     inputs = _task_inputs(options, (width, width), make_points(points), folder)
     for _ in run_pack(inputs, inputs.plan.points):
         pass
-    folder = RunFolder(inputs.run)
+    folder = RunFolder(inputs.run.folder)
     records = [folder.read_point(0, point.name) for point in inputs.plan.points]
     assert all(record is not None and record.status == "done" for record in records), records
     # Not getrusage: its peak also counts the process that started this one, from before exec.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,28 +37,29 @@ def make_inputs(
     keys = tuple(sequence.key(state, 0, point) for point in points)
     environment = Environment("cpu", 1, "float32", torch.__version__, "test")
     plan = TaskPlan(0, "first", state.digest, points, keys, pack_points(points, len(points)), environment)
-    return trial.TaskInputs(
-        run=str(folder),
-        plan=plan,
+    run = trial.RunInputs(
+        folder=str(folder),
         raw=sequence.raw,
-        task=sequence.task(0),
+        tasks=(sequence.task(0),),
         validation=300,
         scaling="standard",
-        state=state,
+        architecture=sequence.architecture,
         settings=sweep.training.settings,
         seed=0,
     )
+    return trial.TaskInputs(run, plan, state)
 
 
 def records(inputs: trial.TaskInputs) -> list[PointRecord]:
-    folder = RunFolder(inputs.run)
+    folder = RunFolder(inputs.run.folder)
     found = [folder.read_point(0, point.name) for point in inputs.plan.points]
     return [record for record in found if record is not None]
 
 
 def trained_bytes(inputs: trial.TaskInputs) -> list[bytes]:
     return [
-        (Path(inputs.run) / f"tasks/000/points/{point.name}.safetensors").read_bytes() for point in inputs.plan.points
+        (Path(inputs.run.folder) / f"tasks/000/points/{point.name}.safetensors").read_bytes()
+        for point in inputs.plan.points
     ]
 
 
@@ -127,7 +129,7 @@ def test_finished_points_are_not_written_again(tmp_path: Path) -> None:
 
 def test_an_error_in_training_is_recorded_with_its_reason(tmp_path: Path) -> None:
     inputs = make_inputs(tmp_path)
-    broken = trial.TaskInputs(**{**vars(inputs), "validation": 10**6})
+    broken = replace(inputs, run=replace(inputs.run, validation=10**6))
     run_all(broken)
     assert {record.status for record in records(broken)} == {"failed"}
     assert "scenario.validation" in records(broken)[0].reason
