@@ -170,8 +170,9 @@ def scan(
     path = [candidate.counts([value] * len(candidate.activities)) for value in values]
     chosen, evaluated = highest_passing(candidate, path, min_correct)
     spaced = {round(step * (len(path) - 1) / max(1, curve_steps - 1)) for step in range(curve_steps)}
+    everything = Grown(candidate, slice(None))
     for position in sorted({*spaced, max(0, chosen - 1)} - evaluated.keys()):
-        evaluated[position] = candidate.num_correct(candidate.logits(path[position]))
+        evaluated[position] = candidate.num_correct(everything.advance(path[position]))
     depth = len(candidate.activities)
     steps = [((values[position],) * depth, path[position], correct) for position, correct in sorted(evaluated.items())]
     curve = tuple(_curve(candidate, steps))

@@ -25,6 +25,8 @@ os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
 os.environ.setdefault("TUNE_MAX_PENDING_TRIALS_PG", "1000")
 # Workers compete with the driver, which draws and logs meanwhile; Ray would put them far behind it.
 os.environ.setdefault("RAY_worker_niceness", "0")
+# No workers without an environment, which none of our tasks could use; see TRIAL_ENVIRONMENT.
+os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
 # Idle workers, which have imported torch, stay for the next task's scans instead of ending after a second.
 os.environ.setdefault("RAY_num_workers_soft_limit", str(2 * (os.cpu_count() or 1)))
 
@@ -40,6 +42,10 @@ if TYPE_CHECKING:
     from clnp_search.search.tuning import Program
 
 logger = logging.getLogger(__name__)
+# What Tune gives to its trials, and they to their packs: a process serves only tasks of the same environment.
+TRIAL_ENVIRONMENT = {
+    "env_vars": {"PL_DISABLE_FORK": "1", "RAY_CHDIR_TO_TRIAL_DIR": os.environ["RAY_CHDIR_TO_TRIAL_DIR"]}
+}
 T = TypeVar("T")
 
 
@@ -95,10 +101,14 @@ class Cluster:
         self, shared: ray.ObjectRef, task: int, points: Sequence[Point], min_correct: int, rule: str
     ) -> Iterator[ScanRecord]:
         """Scans candidates in parallel; gives each record as it is done."""
-        remote = _scan_task.options(num_cpus=self.resources.cpu, num_gpus=self.resources.gpu)
-        waiting = [remote.remote(shared, task, point, min_correct, rule) for point in points]
-        while waiting:
-            done, waiting = ray.wait(waiting)
+        cpu, gpu = self.resources.cpu, self.resources.gpu
+        remote = _scan_task.options(num_cpus=cpu, num_gpus=gpu, runtime_env=TRIAL_ENVIRONMENT)
+        left, running = list(points), list[ray.ObjectRef]()
+        while left or running:
+            # No more at a time than can run: for tasks that wait, Ray would start processes.
+            while left and len(running) < self.capacity.num_slots:
+                running.append(remote.remote(shared, task, left.pop(0), min_correct, rule))
+            done, running = ray.wait(running)
             yield ray.get(done[0])
 
 
@@ -126,9 +136,8 @@ def connect(address: str, resources: ResourcesConfig) -> Iterator[Cluster]:
         raise InputError(f"--address {address}: no Ray cluster can be reached: {error}") from error
     try:
         cluster = Cluster(resources)
-        # Ray starts a worker for each core; whichever of them gets the first pack shall have imported torch by then.
-        for _ in range(min(int(cluster.capacity.cpus), 2 * cluster.capacity.num_slots)):
-            _warm_up.remote()
+        for _ in range(cluster.capacity.num_slots):
+            _warm_up.options(runtime_env=TRIAL_ENVIRONMENT).remote()
         yield cluster
     finally:
         ray.shutdown()

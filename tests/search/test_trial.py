@@ -113,7 +113,7 @@ def test_a_damaged_checkpoint_means_training_from_the_start_and_is_noted(
     undisturbed, damaged = make_inputs(tmp_path / "a"), make_inputs(tmp_path / "b")
     run_all(undisturbed)
     name = interrupt(damaged, monkeypatch, 2)
-    RunFolder(damaged.run).write_checkpoint(0, name, b"damaged")
+    RunFolder(damaged.run.folder).write_checkpoint(0, name, b"damaged")
     run_all(damaged)
     assert trained_bytes(damaged) == trained_bytes(undisturbed)
     assert all("damaged" in record.notes[0] for record in records(damaged))
