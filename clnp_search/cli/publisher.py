@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from clnp_search.config import Sweep
 from clnp_search.listener import Listener
-from clnp_search.records import PointRecord, Summary
+from clnp_search.records import PointRecord, Summary, TaskPlan
 from clnp_search.storage import RunFolder
 
 if TYPE_CHECKING:
@@ -46,6 +46,10 @@ class Publisher(Listener):
         self._events.put(None)
         self._thread.join()
 
+    def task_planned(self, plan: TaskPlan, finished_points: int) -> None:
+        """Opens the task's run, so that it is seen from the start."""
+        self._events.put(self._folder.read_summary())
+
     def points_finished(self, records: Sequence[PointRecord]) -> None:
         """Logs the task's points."""
         self._events.put(self._folder.read_summary())
@@ -57,7 +61,7 @@ class Publisher(Listener):
     def _work(self) -> None:
         tracker: MlflowTracker | None = None
         while (summary := self._newest()) is not None:
-            # Imported with the first event: until then the search's own processes need the cores.
+            # Imported with the first event: until then the search's own start needs the cores.
             from clnp_search.report.figures import draw_run
             from clnp_search.tracking.mlflow import MlflowTracker
 

@@ -221,7 +221,7 @@ def peers(options: Options) -> Iterator[Row]:
             "network": {"hidden": NARROW},
             "training": {"epochs": epochs, "batch_size": BATCH, "schedule": "constant"},
             "search": {"alpha": ALPHAS[: max(1, num_points // 3)], "learning_rate": LEARNING_RATES[-num_points:]},
-            "resources": {"cpu": 1},
+            "resources": {"cpu": CORES},
             "storage": folder,
             "tracking": {"uri": f"sqlite:///{folder}/mlflow.db"},
         }

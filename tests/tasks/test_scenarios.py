@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -182,6 +183,28 @@ def test_mnist_is_read_from_the_root_folder(shared_data: Path) -> None:
     assert (raw.train_inputs.shape, raw.test_inputs.shape) == ((60000, 28, 28), (10000, 28, 28))
     assert raw.train_labels[:5].tolist() == [5, 0, 4, 1, 9]
     assert raw.mean_and_std == pytest.approx((0.1306604762738429 * 255, 0.30810780717887876 * 255))
+
+
+def test_mnist_is_what_torchvision_reads(shared_data: Path) -> None:
+    from torchvision.datasets import MNIST
+
+    raw = load_mnist(shared_data)
+    splits = ((raw.train_inputs, raw.train_labels), (raw.test_inputs, raw.test_labels))
+    for theirs, (inputs, labels) in zip((MNIST(shared_data, train) for train in (True, False)), splits, strict=True):
+        assert np.array_equal(theirs.data.numpy(), inputs)
+        assert np.array_equal(theirs.targets.numpy(), labels)
+        assert theirs.targets.numpy().dtype == labels.dtype
+
+
+@pytest.mark.parametrize("keep", [0, 3, 100])
+def test_a_damaged_mnist_file_is_named(shared_data: Path, tmp_path: Path, keep: int) -> None:
+    raw = tmp_path / "MNIST" / "raw"
+    shutil.copytree(shared_data / "MNIST" / "raw", raw)
+    damaged = raw / "t10k-labels-idx1-ubyte"
+    damaged.chmod(0o644)
+    damaged.write_bytes(damaged.read_bytes()[:keep])
+    with pytest.raises(InputError, match=r"t10k-labels-idx1-ubyte is damaged"):
+        load_mnist(tmp_path)
 
 
 def test_an_mnist_that_cannot_be_had_is_refused_with_the_folder(tmp_path: Path) -> None:
