@@ -404,7 +404,8 @@ def _execute(sweep: Sweep, folder: RunFolder, address: str, as_json: bool) -> No
         # Importing torch, Tune and the data set's library takes about as long as Ray's start: they go side by side.
         with ThreadPoolExecutor(1) as loader, view, publisher:
             loading = loader.submit(_load, sweep)
-            with connect(address, sweep.resources) as cluster:
+            num_points = len(sweep.search.alpha) * len(sweep.search.learning_rate)
+            with connect(address, sweep.resources, num_points) as cluster:
                 _handle_signals()  # again, because ray.init puts its own handler of SIGTERM in place
                 sequence = loading.result()
                 from clnp_search.sequence import Runner

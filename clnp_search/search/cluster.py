@@ -54,6 +54,8 @@ class Cluster:
 
     def __init__(self, resources: ResourcesConfig) -> None:
         self.resources = resources
+        # A process that has used one GPU cannot be given another.
+        self._options = {"num_cpus": resources.cpu, "num_gpus": resources.gpu, "max_calls": 1 if resources.gpu else 0}
         offers = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         nodes = [Node(offer.get("CPU", 0), offer.get("GPU", 0), int(offer.get("memory", 0))) for offer in offers]
         self.capacity = capacity_of(resources, nodes)
@@ -67,8 +69,15 @@ class Cluster:
         """Memory that one trial may plan with, on the device where it computes."""
         if not self.resources.gpu:
             return self.capacity.slot_bytes
-        whole = ray.get(_gpu_bytes.options(num_gpus=self.resources.gpu).remote())
+        whole = ray.get(ray.remote(**self._options)(_gpu_bytes).remote())
         return int(whole * min(1.0, self.resources.gpu) * MEMORY_SHARE)
+
+    def warm_up(self, num_points: int) -> None:
+        """Has processes import torch while the driver does; those that will use a GPU serve one task only."""
+        if not self.resources.gpu:
+            remote = ray.remote(**self._options, runtime_env=TRIAL_ENVIRONMENT)(_warm_up)
+            for _ in range(min(self.capacity.num_slots, num_points)):
+                remote.remote()
 
     def share(self, inputs: RunInputs) -> ray.ObjectRef:
         """Puts a run's inputs into the object store, from where its trials and scans read them."""
@@ -93,16 +102,14 @@ class Cluster:
         """
         from clnp_search.search.tuning import run_trials
 
-        bundle = {"CPU": float(self.resources.cpu)} | ({"GPU": self.resources.gpu} if self.resources.gpu else {})
         slots, name = self.capacity.num_slots, f"{time.time_ns():x}"
-        return run_trials(program, shared, bundle, slots, ray_folder, name, max_failures, listen)
+        return run_trials(program, shared, self._options, slots, ray_folder, name, max_failures, listen)
 
     def scan(
         self, shared: ray.ObjectRef, task: int, points: Sequence[Point], min_correct: int, rule: str
     ) -> Iterator[ScanRecord]:
         """Scans candidates in parallel; gives each record as it is done."""
-        cpu, gpu = self.resources.cpu, self.resources.gpu
-        remote = _scan_task.options(num_cpus=cpu, num_gpus=gpu, runtime_env=TRIAL_ENVIRONMENT)
+        remote = ray.remote(**self._options, max_retries=2, runtime_env=TRIAL_ENVIRONMENT)(_scan_task)
         left, running = list(points), list[ray.ObjectRef]()
         while left or running:
             # No more at a time than can run: for tasks that wait, Ray would start processes.
@@ -113,11 +120,12 @@ class Cluster:
 
 
 @contextmanager
-def connect(address: str, resources: ResourcesConfig) -> Iterator[Cluster]:
+def connect(address: str, resources: ResourcesConfig, num_points: int = 0) -> Iterator[Cluster]:
     """A Ray cluster for the length of a run.
 
     Args:
         address: `local` starts one in this machine; `auto` finds one; `HOST:PORT` or `ray://...` names one.
+        num_points: How many a task will have: processes are made ready for as many.
 
     Raises:
         InputError: There is none, or no node of it can hold a trial.
@@ -136,26 +144,22 @@ def connect(address: str, resources: ResourcesConfig) -> Iterator[Cluster]:
         raise InputError(f"--address {address}: no Ray cluster can be reached: {error}") from error
     try:
         cluster = Cluster(resources)
-        for _ in range(cluster.capacity.num_slots):
-            _warm_up.options(runtime_env=TRIAL_ENVIRONMENT).remote()
+        cluster.warm_up(num_points)
         yield cluster
     finally:
         ray.shutdown()
 
 
-@ray.remote(max_retries=2)
 def _scan_task(shared: RunInputs, task: int, point: Point, min_correct: int, rule: str) -> ScanRecord:
     from clnp_search.search.trial import scan_point
 
     return scan_point(shared.of_task(task), point, min_correct, rule)
 
 
-@ray.remote(num_cpus=0)
 def _warm_up() -> None:
     import clnp_search.search.trial  # noqa: F401
 
 
-@ray.remote
 def _gpu_bytes() -> int:
     import torch
 

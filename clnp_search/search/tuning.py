@@ -31,7 +31,7 @@ Program = Generator[Packs, dict[int, str], T]
 def run_trials(
     program: Program[T],
     shared: ray.ObjectRef,
-    bundle: dict[str, float],
+    options: dict[str, float],
     num_slots: int,
     ray_folder: tuple[str, Any],
     name: str,
@@ -42,7 +42,7 @@ def run_trials(
 
     Args:
         shared: The run's inputs.
-        bundle: The resources with which a pack is trained.
+        options: Of the Ray task that trains a pack: its resources.
         num_slots: How many packs are trained at a time.
         ray_folder: Where Tune keeps its experiments: a path, and its pyarrow filesystem.
         name: Of the Tune experiment; new for every call, because Tune mixes trials of equal names.
@@ -55,7 +55,7 @@ def run_trials(
     path, filesystem = ray_folder
     if not feed.finished:
         # A reference inside a list stays one: the trial hands it on without reading the inputs itself.
-        trainable = tune.with_parameters(_train_trial, shared=[shared], bundle=bundle)
+        trainable = tune.with_parameters(_train_trial, shared=[shared], options=options)
         tune.Tuner(
             tune.with_resources(trainable, {"memory": WATCHER_BYTES}),
             tune_config=tune.TuneConfig(search_alg=feed, num_samples=-1, reuse_actors=True),
@@ -152,18 +152,14 @@ class _Watcher(tune.Callback):
         return {}  # as the feed
 
 
-def _train_trial(config: dict[str, Any], shared: list[ray.ObjectRef], bundle: dict[str, float]) -> None:
+def _train_trial(config: dict[str, Any], shared: list[ray.ObjectRef], options: dict[str, float]) -> None:
     """A Tune trial: has its pack trained and reports what comes of it."""
-    task = _pack_task.options(
-        num_cpus=bundle["CPU"],
-        num_gpus=bundle.get("GPU", 0),
-        scheduling_strategy="DEFAULT",  # not inside the trial's own placement group
-    )
+    # "DEFAULT" is outside the placement group of the trial itself, which has no cores.
+    task = ray.remote(**options, max_retries=0, scheduling_strategy="DEFAULT")(_pack_task)
     for progress in task.remote(shared[0], config["task"], config["pack"]):
         tune.report(ray.get(progress))
 
 
-@ray.remote(max_retries=0)
 def _pack_task(shared: RunInputs, task: int, pack: int) -> Iterator[dict[str, float]]:
     from clnp_search.search.trial import run_pack
 

@@ -499,21 +499,26 @@ def main() -> None:
     if unknown := set(args.names) - set(BENCHMARKS):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(BENCHMARKS)}")
     options, log, here = Options(args.root, args.quick, args.full), Console(stderr=True), machine()
-    rows = []
+    rows, status = [], 0
     for name in args.names or BENCHMARKS:
         started = time.perf_counter()
-        rows += [(name, row) for row in BENCHMARKS[name](options)]
+        try:
+            rows += [(name, row) for row in BENCHMARKS[name](options)]
+        except Exception:  # the others' figures are not lost by it
+            log.print_exception()
+            status = 1
         log.print(f"{name}: {time.perf_counter() - started:.0f} s", highlight=False)
     if args.json:
         figures = [{"benchmark": name, **asdict(row), "passed": row.passed} for name, row in rows]
         print(json.dumps({"machine": here, "quick": args.quick, "rows": figures}, indent=1))
-        return
+        sys.exit(status)
     title = ", ".join(f"{key}: {' '.join(value) if isinstance(value, list) else value}" for key, value in here.items())
     table = Table("benchmark", "figure", "measured", "bar", "", "detail", title=title, header_style="bold")
     marks = {None: "", True: "[green]met[/]", False: "[red]missed[/]"}
     for name, row in rows:
         table.add_row(name, escape(row.figure), f"{row.measured:.3g}", row.bar, marks[row.passed], row.detail)
     Console().print(table)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

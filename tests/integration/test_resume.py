@@ -85,20 +85,39 @@ def test_a_killed_run_resumes_to_the_undisturbed_digest(
     assert {path: after[path] for path in seen} == seen
 
 
-def test_a_killed_worker_is_replaced_and_nothing_changes(cli: Cli, finished: Path) -> None:
+def kill_one(process: subprocess.Popen[str], name: str) -> None:
+    """Kills the first worker of that name below a run, as soon as there is one."""
+    found: list[int] = []
+
+    def there() -> bool:
+        found[:] = [pid for pid, command in descendants(process.pid).items() if name in command]
+        return bool(found)
+
+    assert wait_until(there, process)
+    os.kill(found[0], signal.SIGKILL)
+
+
+def test_a_killed_trial_is_retried_and_nothing_changes(cli: Cli, finished: Path) -> None:
     process = cli.start("run", "sweep.yaml", "--name", "worker", "--tracking-uri", "none")
-    run = cli.folder / "runs" / "worker"
-    assert wait_until(lambda: any(run.glob("tasks/000/plan.json")), process)
-    training = ("ImplicitFunc", "_train_trial")
-    assert wait_until(
-        lambda: any(key in name for name in descendants(process.pid).values() for key in training), process
-    )
-    workers = [pid for pid, name in descendants(process.pid).items() if any(key in name for key in training)]
-    os.kill(workers[0], signal.SIGKILL)
-    process.communicate(timeout=300)
-    assert process.returncode == 0
-    summary = json.loads((run / "summary.json").read_text())
+    kill_one(process, "ImplicitFunc")
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    summary = json.loads((cli.folder / "runs" / "worker" / "summary.json").read_text())
     assert summary["state_digest"] == json.loads((finished / "summary.json").read_text())["state_digest"]
+
+
+def test_a_pack_that_dies_for_good_is_recorded_and_the_search_goes_on(cli: Cli) -> None:
+    settings = ["scenario.tasks=1", "search.max_failures=0", "search.points_per_trial=2", "training.epochs=60"]
+    process = cli.start(
+        "run", "sweep.yaml", "--name", "dies", "--tracking-uri", "none", *(f"--set={each}" for each in settings)
+    )
+    kill_one(process, "_pack_task")
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    files = (cli.folder / "runs" / "dies" / "tasks" / "000" / "points").glob("*.json")
+    records = [json.loads(path.read_text()) for path in files]
+    assert sorted(record["status"] for record in records) == ["done", "done", "failed", "failed"]
+    assert all("died" in record["reason"] for record in records if record["status"] == "failed")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
