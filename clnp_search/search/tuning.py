@@ -9,6 +9,7 @@ its pack, which is trained by a Ray task with the resources of a trial.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
@@ -146,7 +147,8 @@ class _Watcher(tune.Callback):
             self._listen(PackProgress(dict(self._epochs), self._best))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._feed.failed[trial.config["pack"]] = str(trial.get_error()).strip().splitlines()[-1]
+        # The trace's last line; `trial.get_error` would look for it in the storage, where it comes later.
+        self._feed.failed[trial.config["pack"]] = Path(trial.error_file).read_text().strip().splitlines()[-1]
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # as the feed
