@@ -133,6 +133,7 @@ class Runner:
         return self._cluster.train(self._tasks(), self._shared, self._folder.ray_folder, retries, self._training)
 
     def _tasks(self) -> Program[Summary]:
+        """Task after task; asks for packs to be trained, and is sent the reasons of those that failed for good."""
         results = self._folder.read_results()
         state = self._folder.read_state(len(results) - 1) if results else self._sequence.empty_state()
         summary = self._write_summary(results, state)

@@ -57,7 +57,7 @@ def run_trials(
     if not feed.finished:
         # A reference inside a list stays one: the trial hands it on without reading the inputs itself.
         trainable = tune.with_parameters(_train_trial, shared=[shared], options=options)
-        tune.Tuner(
+        tuner = tune.Tuner(
             tune.with_resources(trainable, {"memory": WATCHER_BYTES}),
             tune_config=tune.TuneConfig(search_alg=feed, num_samples=-1, reuse_actors=True),
             run_config=tune.RunConfig(
@@ -68,7 +68,11 @@ def run_trials(
                 callbacks=[_Watcher(feed, listen)],
                 verbose=0,
             ),
-        ).fit()
+        )
+        try:
+            tuner.fit()
+        except Exception as error:
+            program.throw(error)  # it ends as by an error of its own
     return feed.result()
 
 
