@@ -294,7 +294,7 @@ class FreeParameters:
             ValueError: The bytes are no such file.
         """
         try:
-            tensors = safetensors.torch.load(data)
+            tensors = _load(data)
             depth = sum(name.endswith(".activity") for name in tensors)
             if not depth:
                 raise KeyError("0.activity")
@@ -362,6 +362,11 @@ def tensors_digest(header: Any, tensors: dict[str, Tensor]) -> str:
     return sha.hexdigest()
 
 
+def _load(data: bytes) -> dict[str, Tensor]:
+    # Runs nothing that the bytes say: a safetensors file is a JSON header and raw numbers, never a pickle.
+    return safetensors.torch.load(data)
+
+
 def read_safetensors(data: bytes, key: str) -> tuple[Any, dict[str, Tensor]]:
     """The JSON metadata entry `key` and the tensors of a safetensors file held in memory.
 
@@ -369,7 +374,7 @@ def read_safetensors(data: bytes, key: str) -> tuple[Any, dict[str, Tensor]]:
         KeyError: The file has no such entry.
         safetensors.SafetensorError: The bytes are no safetensors file.
     """
-    tensors = safetensors.torch.load(data)
+    tensors = _load(data)
     length = int.from_bytes(data[:8], "little")
     metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
     return json.loads(metadata[key]), tensors

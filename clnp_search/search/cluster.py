@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -102,8 +101,8 @@ class Cluster:
         """
         from clnp_search.search.tuning import run_trials
 
-        slots, name = self.capacity.num_slots, f"{time.time_ns():x}"
-        return run_trials(program, shared, self._options, slots, ray_folder, name, max_failures, listen)
+        slots = self.capacity.num_slots
+        return run_trials(program, shared, self._options, slots, ray_folder, max_failures, listen)
 
     def scan(
         self, shared: ray.ObjectRef, task: int, points: Sequence[Point], min_correct: int, rule: str

@@ -8,6 +8,7 @@ its pack, which is trained by a Ray task with the resources of a trial.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -22,9 +23,8 @@ if TYPE_CHECKING:
     from clnp_search.search.trial import RunInputs
 
 T = TypeVar("T")
+# Of a trial's own process, which only watches.
 WATCHER_BYTES = 256 << 20
-
-
 # Asks for packs to be trained, is sent the reason of each one that failed for good, and ends with a result.
 Program = Generator[Packs, dict[int, str], T]
 
@@ -35,7 +35,6 @@ def run_trials(
     options: dict[str, float],
     num_slots: int,
     ray_folder: tuple[str, Any],
-    name: str,
     max_failures: int,
     listen: Callable[[PackProgress], None],
 ) -> T:
@@ -46,7 +45,6 @@ def run_trials(
         options: Of the Ray task that trains a pack: its resources.
         num_slots: How many packs are trained at a time.
         ray_folder: Where Tune keeps its experiments: a path, and its pyarrow filesystem.
-        name: Of the Tune experiment; new for every call, because Tune mixes trials of equal names.
         listen: Is told how the packs go on.
 
     Returns:
@@ -61,7 +59,7 @@ def run_trials(
             tune.with_resources(trainable, {"memory": WATCHER_BYTES}),
             tune_config=tune.TuneConfig(search_alg=feed, num_samples=-1, reuse_actors=True),
             run_config=tune.RunConfig(
-                name=name,
+                name=f"{time.time_ns():x}",  # a new one, because Tune mixes trials of equal names
                 storage_path=path,
                 storage_filesystem=filesystem,
                 failure_config=tune.FailureConfig(max_failures=max_failures),

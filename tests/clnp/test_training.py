@@ -14,7 +14,7 @@ from builders import make_samples, make_state, make_training, run_all
 from torch.nn import functional
 
 from clnp_search.clnp.pack import Pack
-from clnp_search.clnp.state import Architecture, State
+from clnp_search.clnp.state import Architecture, State, read_safetensors
 from clnp_search.clnp.training import Training, TrainingSettings, cross_entropy
 
 SMALL = Architecture(3, (5, 6))
@@ -223,10 +223,9 @@ def test_a_damaged_checkpoint_header_raises_nothing_but_value_error() -> None:
 
 
 def rewritten(data: bytes, change: Callable[[dict[str, torch.Tensor]], None]) -> bytes:
-    tensors = safetensors.torch.load(data)
+    header, tensors = read_safetensors(data, "training")
     change(tensors)
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    return safetensors.torch.save(tensors, header["__metadata__"])
+    return safetensors.torch.save(tensors, {"training": json.dumps(header)})
 
 
 @pytest.mark.parametrize("name", ["parameter.0", "parameter.8"])

@@ -97,12 +97,13 @@ def kill_one(process: subprocess.Popen[str], name: str) -> None:
     os.kill(found[0], signal.SIGKILL)
 
 
-def test_a_killed_trial_is_retried_and_nothing_changes(cli: Cli, finished: Path) -> None:
-    process = cli.start("run", "sweep.yaml", "--name", "worker", "--tracking-uri", "none")
-    kill_one(process, "ImplicitFunc")
+@pytest.mark.parametrize("name", ["ImplicitFunc", "_pack_task"])
+def test_a_killed_worker_is_replaced_and_nothing_changes(cli: Cli, finished: Path, name: str) -> None:
+    process = cli.start("run", "sweep.yaml", "--name", f"killed{name}", "--tracking-uri", "none")
+    kill_one(process, name)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
-    summary = json.loads((cli.folder / "runs" / "worker" / "summary.json").read_text())
+    summary = json.loads((cli.folder / "runs" / f"killed{name}" / "summary.json").read_text())
     assert summary["state_digest"] == json.loads((finished / "summary.json").read_text())["state_digest"]
 
 
