@@ -63,14 +63,6 @@ class TaskPlan:
 
 
 @dataclass(frozen=True)
-class Packs:
-    """Packs of a task that are to be trained, by their index in its plan."""
-
-    task: int
-    indices: tuple[int, ...]
-
-
-@dataclass(frozen=True)
 class PackProgress:
     """How far the packs in flight have come, as Tune's results say.
 

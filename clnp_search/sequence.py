@@ -22,7 +22,6 @@ from clnp_search.listener import Listener
 from clnp_search.records import (
     Environment,
     PackProgress,
-    Packs,
     Point,
     PointRecord,
     RunStatus,
@@ -160,7 +159,6 @@ class Runner:
                 tasks=tuple(sequence.task(index) for index in range(len(sequence))),
                 validation=sweep.scenario.validation,
                 scaling=sweep.scenario.scaling,
-                architecture=sequence.architecture,
                 settings=sweep.training.settings,
                 seed=sweep.seed,
             )
@@ -170,8 +168,9 @@ class Runner:
         started = time.perf_counter()
         sweep, folder = self._sweep, self._folder
         plan = self._plan(index, state)
-        records = yield from self._train(plan)
-        scans = self._scan(index, records)
+        inputs = self._cluster.share((plan, state))
+        records = yield from self._train(plan, inputs)
+        scans = self._scan(index, inputs, records)
         choice = selection.choose(records, scans, sweep.forgetting.margin, sweep.forgetting.sparsity)
         scan = next(scan for scan in scans if scan.point == choice.chosen)
         assert scan.theta is not None
@@ -240,14 +239,16 @@ class Runner:
         assert choice is not None, "task 0 is committed"
         return first.points[choice.chosen]
 
-    def _train(self, plan: TaskPlan) -> Program[list[PointRecord]]:
+    def _train(self, plan: TaskPlan, inputs: ObjectRef) -> Program[list[PointRecord]]:
         """Trains what is missing; every point of the plan has a record afterwards."""
+        from clnp_search.search.tuning import Packs  # not above: most commands do without Tune, whose import is slow
+
         folder = self._folder
         recorded = {point.index for point in plan.points if self._is_recorded(plan, point)}
         for listener in self._listeners:
             listener.task_planned(plan, len(recorded))
         missing = tuple(index for index, pack in enumerate(plan.packs) if not recorded.issuperset(pack))
-        failed = (yield Packs(plan.task, missing)) if missing else {}
+        failed = (yield Packs(missing, inputs)) if missing else {}
         for index, pack in enumerate(plan.packs):
             for point in (plan.points[position] for position in pack):
                 if folder.read_point(plan.task, point.name) is None:
@@ -270,7 +271,7 @@ class Runner:
         for listener in self._listeners:
             listener.training(progress)
 
-    def _scan(self, task: int, records: Sequence[PointRecord]) -> list[ScanRecord]:
+    def _scan(self, task: int, inputs: ObjectRef, records: Sequence[PointRecord]) -> list[ScanRecord]:
         """A threshold scan of every candidate; some may be recorded already."""
         rule = self._sweep.forgetting.theta
         limit, inside = selection.candidates(records, self._sweep.forgetting.margin)
@@ -282,7 +283,7 @@ class Runner:
                 missing.append(record.point)
             else:
                 scans.append(scan)
-        for scan in self._cluster.scan(self._shared, task, missing, limit, rule):
+        for scan in self._cluster.scan(self._shared, inputs, missing, limit, rule):
             self._folder.write_scan(task, scan, fingerprint)
             scans.append(scan)
             for listener in self._listeners:

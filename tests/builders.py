@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,8 +28,10 @@ from clnp_search.records import (
     Units,
     summarise,
 )
-from clnp_search.search.points import grid
+from clnp_search.search.points import grid, pack_points
+from clnp_search.search.trial import RunInputs, TaskInputs
 from clnp_search.selection import candidates, choose
+from clnp_search.sequence import TaskSequence
 from clnp_search.storage import RunFolder
 
 # Every head that a network can have: its kind and its bias rule.
@@ -168,6 +171,36 @@ def make_result(index: int, accuracies: tuple[float, ...], units: dict[str, Unit
     return TaskResult(
         index=index, test_accuracy=accuracies[-1], test_accuracies=accuracies, units=units, **(values | fields)
     )
+
+
+def make_inputs(
+    folder: Path, hidden: tuple[int, ...] = (12, 8), alphas: int = 2, epochs: int = 4, optimizer: str = "adam"
+) -> TaskInputs:
+    """The first task of permuted digits with a small network."""
+    sweep = parse_sweep(
+        {
+            "scenario": {"name": "permuted_digits"},
+            "network": {"hidden": list(hidden)},
+            "training": {"epochs": epochs, "optimizer": optimizer, "momentum": 0.0},
+            "search": {"alpha": [1e-6 * (index + 1) for index in range(alphas)], "learning_rate": [0.01, 0.02]},
+        },
+        "test",
+    )
+    sequence = TaskSequence(sweep)
+    state, points = sequence.empty_state(), grid(sweep, None)
+    keys = tuple(sequence.key(state, 0, point) for point in points)
+    environment = Environment("cpu", 1, "float32", torch.__version__, "test")
+    plan = TaskPlan(0, "first", state.digest, points, keys, pack_points(points, len(points)), environment)
+    run = RunInputs(
+        folder=str(folder),
+        raw=sequence.raw,
+        tasks=(sequence.task(0),),
+        validation=300,
+        scaling="standard",
+        settings=sweep.training.settings,
+        seed=0,
+    )
+    return TaskInputs(run, plan, state)
 
 
 def write_run(folder: RunFolder, sweep: Sweep, num_tasks: int = 2) -> Iterator[str]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import queue
+import sys
 import threading
 from collections.abc import Sequence
 from types import TracebackType
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from clnp_search.tracking.mlflow import MlflowTracker
 
 logger = logging.getLogger(__name__)
+NICENESS = 10
 
 
 class Publisher(Listener):
@@ -59,6 +62,8 @@ class Publisher(Listener):
         self._events.put(summary)
 
     def _work(self) -> None:
+        if sys.platform == "linux":  # where a thread has a priority of its own: packs that train go before figures
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
         tracker: MlflowTracker | None = None
         while (summary := self._newest()) is not None:
             # Imported with the first event: until then the search's own start needs the cores.

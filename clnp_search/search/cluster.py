@@ -35,8 +35,9 @@ from clnp_search.errors import InputError
 from clnp_search.search.capacity import MEMORY_SHARE, Node, capacity_of
 
 if TYPE_CHECKING:
+    from clnp_search.clnp.state import State
     from clnp_search.config import ResourcesConfig
-    from clnp_search.records import PackProgress, Point, ScanRecord
+    from clnp_search.records import PackProgress, Point, ScanRecord, TaskPlan
     from clnp_search.search.trial import RunInputs
     from clnp_search.search.tuning import Program
 
@@ -78,8 +79,8 @@ class Cluster:
             for _ in range(min(self.capacity.num_slots, num_points)):
                 remote.remote()
 
-    def share(self, inputs: RunInputs) -> ray.ObjectRef:
-        """Puts a run's inputs into the object store, from where its trials and scans read them."""
+    def share(self, inputs: RunInputs | tuple[TaskPlan, State]) -> ray.ObjectRef:
+        """Puts the inputs of a run or of one task into the object store, from where trials and scans read them."""
         return ray.put(inputs)
 
     def train(
@@ -105,15 +106,19 @@ class Cluster:
         return run_trials(program, shared, self._options, slots, ray_folder, max_failures, listen)
 
     def scan(
-        self, shared: ray.ObjectRef, task: int, points: Sequence[Point], min_correct: int, rule: str
+        self, shared: ray.ObjectRef, of_task: ray.ObjectRef, points: Sequence[Point], min_correct: int, rule: str
     ) -> Iterator[ScanRecord]:
-        """Scans candidates in parallel; gives each record as it is done."""
+        """Scans candidates in parallel; gives each record as it is done.
+
+        Args:
+            shared, of_task: The inputs of the run and of the task, as `share` gave them.
+        """
         remote = ray.remote(**self._options, max_retries=2, runtime_env=TRIAL_ENVIRONMENT)(_scan_task)
         left, running = list(points), list[ray.ObjectRef]()
         while left or running:
             # No more at a time than can run: for tasks that wait, Ray would start processes.
             while left and len(running) < self.capacity.num_slots:
-                running.append(remote.remote(shared, task, left.pop(0), min_correct, rule))
+                running.append(remote.remote(shared, of_task, left.pop(0), min_correct, rule))
             done, running = ray.wait(running)
             yield ray.get(done[0])
 
@@ -149,10 +154,12 @@ def connect(address: str, resources: ResourcesConfig, num_points: int = 0) -> It
         ray.shutdown()
 
 
-def _scan_task(shared: RunInputs, task: int, point: Point, min_correct: int, rule: str) -> ScanRecord:
-    from clnp_search.search.trial import scan_point
+def _scan_task(
+    shared: RunInputs, of_task: tuple[TaskPlan, State], point: Point, min_correct: int, rule: str
+) -> ScanRecord:
+    from clnp_search.search.trial import TaskInputs, scan_point
 
-    return scan_point(shared.of_task(task), point, min_correct, rule)
+    return scan_point(TaskInputs(shared, *of_task), point, min_correct, rule)
 
 
 def _warm_up() -> None:

@@ -11,7 +11,7 @@ import torch
 
 from clnp_search.clnp.pack import Features, Pack
 from clnp_search.clnp.scan import Candidate, scan
-from clnp_search.clnp.state import Architecture, State
+from clnp_search.clnp.state import State
 from clnp_search.clnp.training import Training, TrainingSettings
 from clnp_search.records import Point, PointRecord, ScanRecord, TaskPlan
 from clnp_search.search.points import pack_name
@@ -24,29 +24,20 @@ REPORT_EVERY_S = 0.5
 
 @dataclass(frozen=True)
 class RunInputs:
-    """What the trials and scans of all tasks read besides the run's folder; travels once, through the object store."""
+    """What the trials and scans of all tasks read; travels once, through Ray's object store."""
 
     folder: str
     raw: RawData
     tasks: tuple[Task, ...]
     validation: int
     scaling: str
-    architecture: Architecture
     settings: TrainingSettings
     seed: int
-
-    def of_task(self, task: int) -> TaskInputs:
-        """The inputs of a task that is planned."""
-        folder = RunFolder(self.folder)
-        plan = folder.read_plan(task)
-        assert plan is not None, "a task is planned before it is trained"
-        state = folder.read_state(task - 1) if task else State.empty(self.architecture)
-        return TaskInputs(self, plan, state)
 
 
 @dataclass(frozen=True)
 class TaskInputs:
-    """All that a trial or a scan of one task reads."""
+    """All that a trial or a scan of one task reads; the plan and the state travel once a task, likewise."""
 
     run: RunInputs
     plan: TaskPlan

@@ -65,23 +65,11 @@ def load_digits(root: Path) -> RawData:
 
 
 def load_mnist(root: Path) -> RawData:
-    """MNIST (28 x 28, values 0 to 255), read from `root/MNIST/raw`; torchvision downloads it to there.
+    """MNIST (28 x 28, values 0 to 255), read from `root/MNIST/raw` or downloaded to it, by torchvision.
 
     Raises:
-        InputError: It is not there and cannot be downloaded, or a file is damaged, or torchvision does not fit torch.
+        InputError: It is not there and cannot be downloaded, or is damaged, or torchvision does not fit torch.
     """
-    folder = root / "MNIST" / "raw"
-    names = [f"{split}-{kind}" for split in ("train", "t10k") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")]
-    if not all((folder / name).exists() for name in names):
-        _download_mnist(root)
-    images, labels, test_images, test_labels = (_read_idx(folder / name) for name in names)
-    return RawData(
-        images, labels.astype(np.int64), test_images, test_labels.astype(np.int64), num_classes=10, scale=255.0
-    )
-
-
-def _download_mnist(root: Path) -> None:
-    # torchvision is imported for this alone: its import takes longer than many a training (4 s with 0.29).
     try:
         from torchvision.datasets import MNIST
     except Exception as error:  # a torchvision built for another torch fails in many ways
@@ -90,20 +78,13 @@ def _download_mnist(root: Path) -> None:
             "Its build does not fit the installed torch; install both in one step, for example `uv sync`."
         ) from error
     try:
-        MNIST(str(root), download=True)
+        train, test = (MNIST(str(root), train=train, download=True) for train in (True, False))
     except Exception as error:  # torchvision and urllib raise many kinds
         raise InputError(
-            f"scenario.root: MNIST is not under {root} and could not be downloaded: {error}\n"
-            f"Put its four IDX files into {root / 'MNIST' / 'raw'}, or point scenario.root to where it is."
+            f"scenario.root: MNIST under {root} can be neither read nor downloaded: {type(error).__name__}: {error}\n"
+            f"Put its four IDX files into {root / 'MNIST' / 'raw'} (a damaged one, deleted, is downloaded again), "
+            "or point scenario.root to where it is."
         ) from error
-
-
-def _read_idx(path: Path) -> NDArray[np.uint8]:
-    """An IDX file of bytes: magic number 0 0 8 and the number of dimensions, each size as big-endian int32, values."""
-    data = np.fromfile(path, np.uint8)
-    dimensions = int(data[3]) if len(data) > 4 and bytes(data[:3]) == b"\0\0\x08" else 0
-    start = 4 + 4 * dimensions
-    shape = tuple(data[4:start].view(">i4").tolist()) if dimensions else ()
-    if not dimensions or len(data) - start != np.prod(shape):
-        raise InputError(f"scenario.root: {path} is damaged; delete it to have it downloaded again")
-    return data[start:].reshape(shape)
+    return RawData(
+        train.data.numpy(), train.targets.numpy(), test.data.numpy(), test.targets.numpy(), num_classes=10, scale=255.0
+    )

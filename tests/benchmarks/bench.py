@@ -210,9 +210,14 @@ def peers(options: Options) -> Iterator[Row]:
     smoke = ["--samples", "600"] if options.quick else []
     sizes = ["--root", root, "--epochs", str(epochs), "--points", str(num_points), *smoke]
     walls, best = {}, {}
+    several = options.repeats // 2 + 1
     # The DataLoader peer takes minutes, so it runs once: what noise can do to it is small beside the bar.
-    for name, repeats in (("peer_dataloader", 1), ("peer_tensor", options.repeats // 2 + 1)):
-        command = [sys.executable, str(HERE / f"{name}.py"), *sizes]
+    for name, repeats, arguments in (
+        ("peer_nothing", several, []),
+        ("peer_tensor", several, sizes),
+        ("peer_dataloader", 1, sizes),
+    ):
+        command = [sys.executable, str(HERE / f"{name}.py"), *arguments]
         outputs, walls[name] = _run_all([command] * repeats)
         best[name] = max(json.loads(outputs[-1].splitlines()[-1])["val_accuracy"].values())
     with tempfile.TemporaryDirectory() as folder:
@@ -227,15 +232,23 @@ def peers(options: Options) -> Iterator[Row]:
         }
         path = Path(folder, "sweep.yaml")
         path.write_text(json.dumps(sweep))  # JSON is YAML
-        names = [f"run-{index}" for index in range(options.repeats // 2 + 1)]
+        names = [f"run-{index}" for index in range(several)]
         base = [sys.executable, "-m", "clnp_search", "run", str(path), "--json", "--name"]
         _, walls["ours"] = _run_all([[*base, name] for name in names])
         trained = [_longest_pack(RunFolder(f"{folder}/{name}")) for name in names]
         best["ours"] = json.loads(Path(folder, names[-1], "summary.json").read_text())["tasks"][0]["best_val_accuracy"]
-    ours = statistics.median(walls["ours"])
+    ours, nothing = statistics.median(walls["ours"]), statistics.median(walls["peer_nothing"])
+    prepare(CORES)
+    bench = on_random(make_state(NARROW), num_points, 1)
+    samples = epochs * (len(options.raw().train_labels) - options.validation)
+    floor = nothing + bench.pack.training_flop * samples / matrix_rate(options.repeats)
+    yield Row("plain Ray Tune with one trial that does nothing [s]", nothing)
     for name, bar in (("peer_dataloader", 15.0), ("peer_tensor", 6.0)):
         theirs = statistics.median(walls[name])
-        detail = f"{theirs:.1f} s / {ours:.1f} s; best validation accuracy {best[name]:.2%} / {best['ours']:.2%}"
+        detail = (
+            f"{theirs:.1f} s / {ours:.1f} s; best validation accuracy {best[name]:.2%} / {best['ours']:.2%}; "
+            f"Ray's start and the arithmetic at the matrix rate would take {floor:.1f} s: {theirs / floor:.1f} times"
+        )
         yield Row(f"{name} over clnp-search, wall time", theirs / ours, low=bar, detail=detail)
     overhead, seconds = sorted((wall - pack, pack) for wall, pack in zip(walls["ours"], trained, strict=True))[
         len(trained) // 2
@@ -246,10 +259,12 @@ def peers(options: Options) -> Iterator[Row]:
 
 def _run_all(commands: list[list[str]]) -> tuple[list[str], list[float]]:
     """Each command's standard output, and its seconds from start to exit."""
+    # Python keeps what it has compiled, as it does for every user who has not told it otherwise.
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
     outputs, walls = [], []
     for command in commands:
         started = time.perf_counter()
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         walls.append(time.perf_counter() - started)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
@@ -387,7 +402,7 @@ def _task_inputs(options: Options, hidden: tuple[int, ...], points: list[Point],
     here = Environment("cpu", 1, "float32", torch.__version__, version("clnp-search"))
     plan = TaskPlan(0, task.name, state.digest, tuple(points), keys, (tuple(range(len(points))),), here)
     raw, validation = options.raw(), options.validation
-    run = RunInputs(f"{folder}/run", raw, (task,), validation, "standard", state.architecture, settings(1), 0)
+    run = RunInputs(f"{folder}/run", raw, (task,), validation, "standard", settings(1), 0)
     return TaskInputs(run, plan, state)
 
 

@@ -8,46 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from builders import make_inputs
 
 from clnp_search.clnp.pack import Pack
 from clnp_search.clnp.state import State
-from clnp_search.config import parse_sweep
-from clnp_search.records import Environment, PointRecord, TaskPlan
+from clnp_search.records import PointRecord
 from clnp_search.search import trial
-from clnp_search.search.points import grid, pack_name, pack_points
-from clnp_search.sequence import TaskSequence
+from clnp_search.search.points import pack_name
 from clnp_search.storage import RunFolder
-
-
-def make_inputs(
-    folder: Path, hidden: tuple[int, ...] = (12, 8), alphas: int = 2, epochs: int = 4, optimizer: str = "adam"
-) -> trial.TaskInputs:
-    """The first task of permuted digits with a small network."""
-    sweep = parse_sweep(
-        {
-            "scenario": {"name": "permuted_digits"},
-            "network": {"hidden": list(hidden)},
-            "training": {"epochs": epochs, "optimizer": optimizer, "momentum": 0.0},
-            "search": {"alpha": [1e-6 * (index + 1) for index in range(alphas)], "learning_rate": [0.01, 0.02]},
-        },
-        "test",
-    )
-    sequence = TaskSequence(sweep)
-    state, points = sequence.empty_state(), grid(sweep, None)
-    keys = tuple(sequence.key(state, 0, point) for point in points)
-    environment = Environment("cpu", 1, "float32", torch.__version__, "test")
-    plan = TaskPlan(0, "first", state.digest, points, keys, pack_points(points, len(points)), environment)
-    run = trial.RunInputs(
-        folder=str(folder),
-        raw=sequence.raw,
-        tasks=(sequence.task(0),),
-        validation=300,
-        scaling="standard",
-        architecture=sequence.architecture,
-        settings=sweep.training.settings,
-        seed=0,
-    )
-    return trial.TaskInputs(run, plan, state)
 
 
 def records(inputs: trial.TaskInputs) -> list[PointRecord]:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
+import hashlib
 import shutil
+import sys
 from dataclasses import replace
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -185,32 +191,55 @@ def test_mnist_is_read_from_the_root_folder(shared_data: Path) -> None:
     assert raw.mean_and_std == pytest.approx((0.1306604762738429 * 255, 0.30810780717887876 * 255))
 
 
-def test_mnist_is_what_torchvision_reads(shared_data: Path) -> None:
+def test_mnist_is_downloaded_to_the_root_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from torchvision.datasets import MNIST
 
-    raw = load_mnist(shared_data)
-    splits = ((raw.train_inputs, raw.train_labels), (raw.test_inputs, raw.test_labels))
-    for theirs, (inputs, labels) in zip((MNIST(shared_data, train) for train in (True, False)), splits, strict=True):
-        assert np.array_equal(theirs.data.numpy(), inputs)
-        assert np.array_equal(theirs.targets.numpy(), labels)
-        assert theirs.targets.numpy().dtype == labels.dtype
+    served, values = tmp_path / "served", np.arange(20 * 28 * 28).astype(np.uint8).reshape(20, 28, 28)
+    served.mkdir()
+    digests = []
+    for name, array in (
+        ("train-images-idx3-ubyte", values),
+        ("train-labels-idx1-ubyte", np.arange(20, dtype=np.uint8) % 10),
+        ("t10k-images-idx3-ubyte", values[:7]),
+        ("t10k-labels-idx1-ubyte", np.arange(7, dtype=np.uint8)),
+    ):
+        header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes()
+        packed = gzip.compress(header + array.tobytes())
+        (served / f"{name}.gz").write_bytes(packed)
+        digests.append((f"{name}.gz", hashlib.md5(packed).hexdigest()))
+    handler = partial(SimpleHTTPRequestHandler, directory=str(served))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(MNIST, "mirrors", [f"http://127.0.0.1:{server.server_port}/"])
+        monkeypatch.setattr(MNIST, "resources", digests)
+        raw = load_mnist(tmp_path / "root")
+        server.shutdown()
+    assert np.array_equal(raw.train_inputs, values)
+    assert raw.test_labels.tolist() == list(range(7))
+    assert load_mnist(tmp_path / "root").digest == raw.digest  # the server has ended: read from the folder
 
 
 @pytest.mark.parametrize("keep", [0, 3, 100])
-def test_a_damaged_mnist_file_is_named(shared_data: Path, tmp_path: Path, keep: int) -> None:
+def test_a_damaged_mnist_is_refused_with_the_folder(shared_data: Path, tmp_path: Path, keep: int) -> None:
     raw = tmp_path / "MNIST" / "raw"
     shutil.copytree(shared_data / "MNIST" / "raw", raw)
     damaged = raw / "t10k-labels-idx1-ubyte"
     damaged.chmod(0o644)
     damaged.write_bytes(damaged.read_bytes()[:keep])
-    with pytest.raises(InputError, match=r"t10k-labels-idx1-ubyte is damaged"):
+    with pytest.raises(InputError, match=rf"scenario.root: MNIST under {tmp_path} can be neither read"):
         load_mnist(tmp_path)
 
 
 def test_an_mnist_that_cannot_be_had_is_refused_with_the_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
-    with pytest.raises(InputError, match=r"scenario.root: MNIST is not under .*file"):
+    with pytest.raises(InputError, match=r"scenario.root: MNIST under .*file can be neither read nor downloaded"):
         load_mnist(tmp_path / "file")
+
+
+def test_a_torchvision_that_does_not_fit_torch_is_an_input_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", None)  # its import fails
+    with pytest.raises(InputError, match=r"torchvision cannot be imported: .*\n.*uv sync"):
+        load_mnist(Path("anywhere"))
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
