@@ -1,9 +1,12 @@
 """Several grid points of one task as one batched program.
 
 All points of a task share the frozen network, the data and its order. So the frozen units' outputs are computed once
-for the whole pack (`Features`), gradients and optimizer state exist for free parameters only, and each layer of all
-points is one batched matrix product. Forward and backward passes are written out: the gradient buffers live as long
-as the pack and start from the L1 term, which then costs one pass over the weights.
+for the whole pack (`Features`), gradients and optimizer state exist for free parameters only, and what all points read
+meets the weights of all of them in one matrix product. Forward and backward passes are written out: the gradient
+buffers live as long as the pack and start from the L1 term, which then costs one pass over the weights.
+
+Outputs of free units are kept unit by unit, [P, F, B]: then one product serves the whole pack, and matrix libraries are
+faster on the narrow ones too.
 
 Shapes: P points, B samples of a batch, N samples, A frozen units of the layer below (or the inputs), F free units of
 a layer, I free units of the layer below, C classes.
@@ -114,40 +117,44 @@ class PackedLinear:
             parameter.grad = torch.empty_like(parameter)
 
     def forward(self, shared: Tensor, own: Tensor | None, out: Tensor) -> None:
-        """Writes the pre-activations [P, B, F] of inputs `shared` [B, A] and `own` [P, B, I] to `out`."""
-        bias = self.bias[:, None].to(self._dtype)
-        rows = shared.expand(len(bias), -1, -1)
-        torch.baddbmm(bias, rows, self.shared.to(self._dtype).mT, out=out)
-        if own is not None and own.shape[2]:
-            torch.baddbmm(out, own, self.own.to(self._dtype).mT, out=out)
+        """Writes the pre-activations [P, F, B] of inputs `shared` [B, A] and `own` [P, I, B] to `out`."""
+        bias, weight = self.bias.view(-1, 1).to(self._dtype), self.shared.flatten(0, 1).to(self._dtype)
+        torch.addmm(bias, weight, shared.T, out=out.view(-1, len(shared)))
+        if own is not None and own.shape[1]:
+            torch.baddbmm(out, self.own.to(self._dtype), own, out=out)
 
     def backward(self, grad: Tensor, shared: Tensor, own: Tensor | None, grad_own: Tensor | None) -> None:
-        """Fills the parameters' gradients, L1 term included, and `grad_own` [P, B, I], from `grad` [P, B, F]."""
-        rows = shared.expand(len(grad), -1, -1)
-        self._weight_gradient(self.shared, grad, rows)
+        """Fills the parameters' gradients, L1 term included, and `grad_own` [P, I, B], from `grad` [P, F, B]."""
+        self._weight_gradient(self.shared, grad, shared)
         if own is not None:
-            self._weight_gradient(self.own, grad, own)
+            self._weight_gradient(self.own, grad, own.mT)
         if grad_own is not None:
-            torch.bmm(grad, self.own.to(self._dtype), out=grad_own)
+            torch.bmm(self.own.to(self._dtype).mT, grad, out=grad_own)
         if self._trainable_bias:
             assert self.bias.grad is not None
-            torch.sum(grad, 1, out=self.bias.grad, dtype=torch.float32)
+            torch.sum(grad, 2, out=self.bias.grad, dtype=torch.float32)
 
     def _weight_gradient(self, weight: Tensor, grad: Tensor, inputs: Tensor) -> None:
-        assert weight.grad is not None
+        """Fills a weight's gradient; `inputs` are of the point [P, B, I] or of all points [B, A]."""
+        total = weight.grad
+        assert total is not None
         if not weight.numel():
             return
         # alpha * sign(weight), with +-alpha at zero: any value between is a sub-gradient of the L1 norm there.
-        torch.copysign(self._alpha, weight, out=weight.grad)
-        if self._dtype == torch.float32:
-            torch.baddbmm(weight.grad, grad.mT, inputs, out=weight.grad)
+        torch.copysign(self._alpha, weight, out=total)
+        if inputs.ndim == 2:
+            total, grad = total.flatten(0, 1), grad.flatten(0, 1)
+        if self._dtype != torch.float32:
+            total.add_(grad @ inputs)
+        elif inputs.ndim == 2:
+            torch.addmm(total, grad, inputs, out=total)
         else:
-            weight.grad.add_(torch.bmm(grad.mT, inputs))
+            torch.baddbmm(total, grad, inputs, out=total)
 
 
 @dataclass
 class _Workspace:
-    """Buffers for one batch size: outputs and their gradients of each hidden layer [P, B, F], and logits [P, B, C]."""
+    """Buffers for one batch size: outputs and their gradients of each hidden layer [P, F, B], and logits [P, C, B]."""
 
     outputs: list[Tensor]
     gradients: list[Tensor]
@@ -245,7 +252,7 @@ class Pack:
         return flop
 
     def forward(self, levels: list[Tensor]) -> Tensor:
-        """Logits [P, B, C] of a batch's `levels`; overwritten by the next call of the same batch size."""
+        """Logits [P, C, B] of a batch's `levels`; overwritten by the next call of the same batch size."""
         work = self._workspace(len(levels[0]))
         below = None
         for layer, shared, output in zip(self.layers, levels, work.outputs, strict=False):
@@ -256,7 +263,7 @@ class Pack:
         return work.logits
 
     def backward(self, levels: list[Tensor], grad_logits: Tensor) -> None:
-        """Fills all gradients after `forward(levels)`, from the loss's gradient [P, B, C]."""
+        """Fills all gradients after `forward(levels)`, from the loss's gradient [P, C, B]."""
         work = self._workspace(len(levels[0]))
         self.head.backward(grad_logits, self._head_level(levels), work.outputs[-1], work.gradients[-1])
         for index in reversed(range(len(self.layers))):
@@ -268,7 +275,7 @@ class Pack:
         """For each point, the samples of a split that the network gets right."""
         correct = torch.zeros(self.num_points, dtype=torch.int64, device=self.device)
         for levels, labels in features.batches():
-            correct += (self.forward(levels).argmax(2) == labels).sum(1)
+            correct += (self.forward(levels).argmax(1) == labels).sum(1)
         return correct.tolist()
 
     def activities(self, features: Features) -> list[Tensor]:
@@ -281,7 +288,7 @@ class Pack:
             self.forward(levels)
             for total, output in zip(sums, self._workspace(len(labels)).outputs, strict=True):
                 values = output if self._activation.non_negative else output.abs()
-                total += values.sum(1, dtype=torch.float64)
+                total += values.sum(2, dtype=torch.float64)
         return [total / len(features) for total in sums]
 
     def finite(self, activities: Sequence[Tensor] = ()) -> list[bool]:
@@ -307,7 +314,7 @@ class Pack:
         if batch not in self._workspaces:
 
             def empty(width: int) -> Tensor:
-                return torch.empty(self.num_points, batch, width, device=self.device, dtype=self.dtype)
+                return torch.empty(self.num_points, width, batch, device=self.device, dtype=self.dtype)
 
             self._workspaces[batch] = _Workspace(
                 [empty(free) for free in self._free], [empty(free) for free in self._free], empty(self.num_classes)

@@ -104,7 +104,7 @@ def test_logits_are_those_of_the_pruned_pack(head: str, bias: str) -> None:
     # Below zero nothing is pruned.
     after = commit(state, make_info(), point, (-1.0, -1.0, -1.0))
     levels, _ = features.batch(slice(0, 30))
-    torch.testing.assert_close(Subnetwork(after, 1)(inputs), pack.forward(levels)[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(Subnetwork(after, 1)(inputs), pack.forward(levels)[0].T, rtol=1e-5, atol=1e-6)
 
 
 # Contents

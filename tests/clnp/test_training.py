@@ -69,7 +69,7 @@ def test_the_train_loss_is_the_mean_over_all_samples_without_the_penalty() -> No
     pack, training = make_training(State.empty(SMALL), ALPHAS, [1e-30] * 3, settings)
     inputs, labels = make_samples(50, seed=0)
     logits = pack.forward(pack.features(inputs[:30], labels[:30]).batch(slice(0, 30))[0]).clone()
-    expected = [functional.cross_entropy(own, labels[:30]).item() for own in logits]
+    expected = [functional.cross_entropy(own.T, labels[:30]).item() for own in logits]
     assert [seen.train_loss for seen in training.run_epoch()] == pytest.approx(expected, rel=1e-6)
 
 
@@ -105,13 +105,13 @@ def test_a_diverging_point_ends_as_a_record_and_not_as_an_error() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_cross_entropy_and_its_gradient_equal_torchs(dtype: torch.dtype, device: torch.device) -> None:
     generator = torch.Generator().manual_seed(0)
-    logits = (3 * torch.randn(3, 7, 5, generator=generator)).to(device, dtype)
+    logits = (3 * torch.randn(3, 5, 7, generator=generator)).to(device, dtype)
     labels = torch.randint(5, (7,), generator=generator).to(device)
     loss, grad = cross_entropy(logits, labels)
     assert grad.dtype == dtype
     for position in range(3):
         leaf = logits[position].double().requires_grad_()
-        expected = functional.cross_entropy(leaf, labels)
+        expected = functional.cross_entropy(leaf.T, labels)
         expected.backward()
         assert leaf.grad is not None
         torch.testing.assert_close(loss[position].double(), 7 * expected.detach(), rtol=1e-6, atol=1e-6)
@@ -122,11 +122,11 @@ def test_cross_entropy_and_its_gradient_equal_torchs(dtype: torch.dtype, device:
 def test_cross_entropy_of_huge_logits_is_finite() -> None:
     loss, grad = cross_entropy(torch.tensor([[[1e30, -1e30], [-1e30, 1e30]]]), torch.tensor([0, 0]))
     assert loss.item() == pytest.approx(2e30)
-    assert grad.tolist() == [[[0, 0], [-0.5, 0.5]]]
+    assert grad.tolist() == [[[0, -0.5], [0, 0.5]]]
 
 
 def test_cross_entropy_leaves_the_logits_as_they_are() -> None:
-    logits = torch.randn(2, 3, 4)
+    logits = torch.randn(2, 4, 3)
     before = logits.clone()
     cross_entropy(logits, torch.tensor([0, 1, 2]))
     assert torch.equal(logits, before)
