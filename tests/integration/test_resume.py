@@ -86,11 +86,12 @@ def test_a_killed_run_resumes_to_the_undisturbed_digest(
 
 
 def kill_one(process: subprocess.Popen[str], name: str) -> None:
-    """Kills the first worker of that name below a run, as soon as there is one."""
+    """Kills the first worker that does what is named below a run, as soon as there is one."""
     found: list[int] = []
 
     def there() -> bool:
-        found[:] = [pid for pid, command in descendants(process.pid).items() if name in command]
+        # With its prefix: a process that the run has just forked still shows the run's own arguments.
+        found[:] = [pid for pid, command in descendants(process.pid).items() if f"ray::{name}" in command]
         return bool(found)
 
     assert wait_until(there, process)
