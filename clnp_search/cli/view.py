@@ -13,8 +13,11 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from clnp_search.config import Sweep
 from clnp_search.listener import Listener
 from clnp_search.records import PackProgress, PointRecord, Summary, TaskPlan, TaskResult, Units
+
+LINE_EVERY_S = 60.0
 
 
 class LiveView(Listener):
@@ -24,8 +27,8 @@ class LiveView(Listener):
         results: Tasks that are committed as the run starts.
     """
 
-    def __init__(self, console: Console, num_tasks: int, epochs: int, results: Sequence[TaskResult]) -> None:
-        self._console, self._num_tasks, self._epochs = console, num_tasks, epochs
+    def __init__(self, console: Console, sweep: Sweep, results: Sequence[TaskResult]) -> None:
+        self._console, self._sweep = console, sweep
         self._units: dict[str, Units] = results[-1].units if results else {}
         self._tasks_done = len(results)
         self._plan: TaskPlan | None = None
@@ -33,8 +36,8 @@ class LiveView(Listener):
         self._share = 0.0
         self._best = 0.0
         self._stage = "starting Ray"
-        self._seconds: list[float] = []
-        self._started = self._task_started = time.monotonic()
+        self._point_s: float | None = None  # what a point of the last task took
+        self._started = self._task_started = self._line_at = time.monotonic()
         self._live = Live(get_renderable=self._render, console=console, refresh_per_second=4, transient=True)
 
     def __enter__(self) -> LiveView:
@@ -60,10 +63,16 @@ class LiveView(Listener):
         """Moves the bar."""
         assert self._plan is not None
         points = sum(
-            len(self._plan.packs[pack]) * epochs / self._epochs for pack, epochs in progress.epochs_done.items()
+            len(self._plan.packs[pack]) * epochs / self._sweep.training.epochs
+            for pack, epochs in progress.epochs_done.items()
         )
         self._share = min(1.0, (self._finished_points + points) / len(self._plan.points))
         self._best = max(self._best, progress.best_val_accuracy)
+        if time.monotonic() - self._line_at > LINE_EVERY_S:
+            self._line(
+                f"{self._title()}: {self._share:.0%} of the training, best validation accuracy {self._best:.2%}, "
+                f"remaining {self._remaining()}"
+            )
 
     def points_finished(self, records: Sequence[PointRecord]) -> None:
         """Shows that the threshold scans begin."""
@@ -81,7 +90,7 @@ class LiveView(Listener):
     def committed(self, summary: Summary, seconds: float) -> None:
         """Shows what the task chose."""
         result = summary.tasks[-1]
-        self._seconds.append(seconds)
+        self._point_s = seconds / result.points
         self._units, self._tasks_done = result.units, len(summary.tasks)
         grown = ", ".join(f"{name} +{units.new} ({units.free} free)" for name, units in result.units.items())
         line = (
@@ -94,23 +103,27 @@ class LiveView(Listener):
             self._line(line)
 
     def _line(self, text: str) -> None:
+        self._line_at = time.monotonic()
         if not self._console.is_terminal:
             self._console.print(text, highlight=False, soft_wrap=True)
 
     def _title(self) -> str:
         assert self._plan is not None
-        return f"task {self._plan.task} of {self._num_tasks} ({self._plan.name})"
+        return f"task {self._plan.task} of {self._sweep.scenario.tasks} ({self._plan.name})"
 
     def _remaining(self) -> str:
-        now = time.monotonic()
-        left = self._num_tasks - self._tasks_done
-        if self._seconds:
-            seconds = left * sum(self._seconds) / len(self._seconds) - (now - self._task_started)
+        """By the pace of the last task, or of this one if it is the first."""
+        assert self._plan is not None
+        points, elapsed = len(self._plan.points), time.monotonic() - self._task_started
+        if self._point_s is not None:
+            whole = points * self._point_s
         elif self._share > 0.05 and self._stage == "training":
-            seconds = left * (now - self._task_started) / self._share - (now - self._task_started)
+            whole = elapsed / self._share
         else:
             return "…"
-        return _duration(max(0.0, seconds))
+        later = self._sweep.scenario.tasks - self._tasks_done - 1
+        later_points = 1 if self._sweep.search.tasks == "first" else points
+        return _duration(max(0.0, whole * (1 + later * later_points / points) - elapsed))
 
     def _render(self) -> RenderableType:
         elapsed = _duration(time.monotonic() - self._started)
