@@ -51,6 +51,11 @@ class Trunk:
             levels.append(self._activation.apply_(functional.linear(levels[-1], weight, bias)))
         return levels
 
+    def split_levels(self, inputs: Tensor, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+        """`levels` of a whole split [N, in_features], computed batch by batch."""
+        chunks = [[level.to(dtype) for level in self.levels(chunk)[1:]] for chunk in inputs.split(EVALUATION_BATCH)]
+        return [inputs.to(dtype), *(torch.cat(level) for level in zip(*chunks, strict=True))]
+
 
 class Features:
     """A split of a task's data on the device, with the frozen units' outputs on it.
@@ -69,10 +74,7 @@ class Features:
         self._trunk = trunk
         self._dtype = dtype
         self._cached = len(inputs) * sum(trunk.widths[1:]) * dtype.itemsize <= cache_bytes
-        self._levels = [inputs]
-        if self._cached:
-            chunks = [[level.to(dtype) for level in trunk.levels(chunk)] for chunk in inputs.split(EVALUATION_BATCH)]
-            self._levels = [torch.cat(level) for level in zip(*chunks, strict=True)]
+        self._levels = trunk.split_levels(inputs, dtype) if self._cached else [inputs]
 
     def __len__(self) -> int:
         return len(self.labels)

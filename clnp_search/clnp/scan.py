@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from clnp_search.clnp.activations import ACTIVATIONS
-from clnp_search.clnp.pack import EVALUATION_BATCH, Trunk
+from clnp_search.clnp.pack import Trunk
 from clnp_search.clnp.state import FreeParameters, State
 from clnp_search.records import CurveStep, ScanRecord
 
@@ -51,8 +51,7 @@ class Candidate:
         self.frozen = tuple(len(layer.active(state.num_tasks)) for layer in state.layers)
         self.activities = []
         self._own: list[Tensor] = []
-        chunks = [trunk.levels(chunk) for chunk in inputs.split(EVALUATION_BATCH)]
-        levels = [torch.cat(level) for level in zip(*chunks, strict=True)]
+        levels = trunk.split_levels(inputs)
         self._base: list[Tensor] = []
         below = torch.zeros(0, dtype=torch.int64)
         for index, activity in enumerate(trained.activities):

@@ -82,7 +82,7 @@ def estimate_memory(
     parameters = sum(units * width for units, width in zip((*free, num_classes), inputs, strict=True))
     width = 2 if settings.precision == "bf16" else 4
     samples = num_train + num_validation
-    # Inputs are held in float32 and, while they are made, once more; frozen outputs are cached beside them.
+    # Inputs are held in float32; what they are made from takes as much. Frozen outputs are cached beside them.
     fixed = PROCESS_BYTES + samples * (2 * 4 * architecture.in_features + width * sum(frozen))
     if width == 2:
         fixed += samples * width * architecture.in_features
