@@ -363,8 +363,7 @@ def tensors_digest(header: Any, tensors: dict[str, Tensor]) -> str:
 
 
 def _load(data: bytes) -> dict[str, Tensor]:
-    # Runs nothing that the bytes say: a safetensors file is a JSON header and raw numbers, never a pickle.
-    return safetensors.torch.load(data)
+    return safetensors.torch.load(data)  # runs nothing: a JSON header and raw numbers, never a pickle
 
 
 def read_safetensors(data: bytes, key: str) -> tuple[Any, dict[str, Tensor]]:
