@@ -1,0 +1,489 @@
+"""What the nodes of a network compute: one class for each kind, plain and packed.
+
+A value is a tensor over *channels*, each of which belongs to a unit. Plain, it is a map [B, C, H, W] or flat [B, C]
+(after a flatten a unit owns several flat channels, its *taps*). Packed, K points stand side by side: maps are
+[B, K*F, H, W], and flat values channels first, [K*F, B], so that one matrix product serves all points. What works
+channel by channel is the same in both forms; what reads across channels says how each point reads its own.
+
+To add an op, add a class here: its fields are what a graph's file stores; `shapes` names its parameters, whose first
+dimension is the output unit (and, for those in `MATRICES`, the second the input unit and the last the tap); `plain` is
+its function; `packed` is overridden where a point's channels do not stay among themselves. Everything else (commit,
+digest, scan, estimates, exports) follows from that. For modules to be traced to it, name it in `trace.py`.
+
+Letters in shapes: B samples, C channels, K points, F free units, A frozen units that a free unit reads, I free ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+Tensors = Mapping[str, Tensor]
+
+# Elementwise functions of torch.nn.functional: whether never negative, and whether never falling.
+ACTIVATIONS: dict[str, tuple[bool, bool]] = {
+    "celu": (False, True),
+    "elu": (False, True),
+    "gelu": (False, False),
+    "hardshrink": (False, True),
+    "hardsigmoid": (True, True),
+    "hardswish": (False, False),
+    "hardtanh": (False, True),
+    "leaky_relu": (False, True),
+    "logsigmoid": (False, True),
+    "mish": (False, False),
+    "relu": (True, True),
+    "relu6": (True, True),
+    "selu": (False, True),
+    "sigmoid": (True, True),
+    "silu": (False, False),
+    "softplus": (True, True),
+    "softshrink": (False, True),
+    "softsign": (False, True),
+    "tanh": (False, True),
+    "tanhshrink": (False, True),
+    "threshold": (False, False),
+}
+
+
+@dataclass(frozen=True)
+class Op:
+    """A kind of node.
+
+    Class attributes:
+        MATRICES: Parameters that read across units, [out unit, in unit, tap].
+        STATISTICS: Parameters that no gradient moves.
+        ELEMENTWISE: Whether every value depends on one value alone, so that flattening before or after is the same.
+    """
+
+    MATRICES: ClassVar[tuple[str, ...]] = ()
+    STATISTICS: ClassVar[tuple[str, ...]] = ()
+    ELEMENTWISE: ClassVar[bool] = False
+
+    def shapes(self, rows: int, columns: int, taps: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of the parameters for `rows` output units that read `columns` input units of `taps` values each."""
+        return {}
+
+    def plain(self, inputs: Sequence[Tensor], tensors: Tensors, training: bool = False) -> Tensor:
+        """The output value of input values, all in plain form."""
+        raise NotImplementedError
+
+    def packed(self, inputs: Sequence[Tensor], tensors: Tensors, points: int, training: bool) -> Tensor:
+        """The points' own channels from those of the inputs, in packed form; parameters are [K, ...].
+
+        By default, as plain: maps are alike in both forms, and so is what is elementwise.
+        """
+        return self.plain(inputs, {name: tensor.flatten(0, 1) for name, tensor in tensors.items()}, training)
+
+    def flop(self, rows: int, columns: int, taps: int, positions: int) -> int:
+        """Floating-point operations a sample of the matrix products, as many output positions as given."""
+        weights = sum(rows * columns * self.shapes(1, 1, taps)[name][-1] for name in self.MATRICES)
+        return 2 * weights * positions
+
+
+@dataclass(frozen=True)
+class Reader(Op):
+    """An op with a weight matrix. In a pack it reads what all points share and each point's own channels."""
+
+    MATRICES: ClassVar[tuple[str, ...]] = ("weight",)
+    bias: bool = True
+
+    def read(
+        self, shared: Tensor | None, own: Tensor | None, tensors: Tensors, l1: Tensor, points: int, dtype: torch.dtype
+    ) -> Tensor:
+        """The points' own output channels, in packed form.
+
+        Args:
+            shared: The frozen channels in plain form, or None if there are none.
+            own: The points' own channels in packed form, or None if there are none.
+            tensors: `weight.shared` [K, F, A, taps], `weight.own` [K, F, I, taps] and perhaps `bias` [K, F].
+            l1: [K] L1 coefficients, whose sub-gradient the weights' gradients start from.
+            dtype: Of the products.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Linear(Reader):
+    """A dense layer; its input is flat."""
+
+    def shapes(self, rows: int, columns: int, taps: int) -> dict[str, tuple[int, ...]]:
+        return {"weight": (rows, columns, taps)} | ({"bias": (rows,)} if self.bias else {})
+
+    def plain(self, inputs: Sequence[Tensor], tensors: Tensors, training: bool = False) -> Tensor:
+        return functional.linear(inputs[0], tensors["weight"].flatten(1), tensors.get("bias"))
+
+    def read(
+        self, shared: Tensor | None, own: Tensor | None, tensors: Tensors, l1: Tensor, points: int, dtype: torch.dtype
+    ) -> Tensor:
+        own = None if own is None else own.view(points, -1, own.shape[-1])
+        weights = tensors["weight.shared"], tensors["weight.own"]
+        return _Dense.apply(shared, own, *weights, tensors.get("bias"), l1, dtype).flatten(0, 1)
+
+
+class _Dense(torch.autograd.Function):
+    """A dense layer of every point, whose weight gradients go straight into buffers that start from the L1 term.
+
+    Autograd would make a new gradient of every weight matrix in every step and add it; for wide layers that costs a
+    tenth of the step. One product for each point rather than one for all keeps a point's bits apart from its mates'.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        shared, own, weight_shared, weight_own, bias, l1, dtype = inputs
+        points, rows = weight_shared.shape[:2]
+        batch = len(shared) if shared is not None else own.shape[-1]
+        weight, like = weight_shared.flatten(2), {"dtype": dtype, "device": weight_shared.device}
+        start = torch.zeros(points * rows, 1, **like) if bias is None else bias.reshape(-1, 1).to(dtype)
+        if shared is None or not weight.shape[2]:
+            out = start.expand(-1, batch).contiguous()
+        else:
+            out = torch.addmm(start, weight.flatten(0, 1).to(dtype), shared.T)
+        out = out.view(points, rows, batch)
+        if own is not None and own.shape[1]:
+            torch.baddbmm(out, weight_own.flatten(2).to(dtype), own, out=out)
+        ctx.save_for_backward(shared, own)
+        ctx.weights, ctx.l1, ctx.has_bias = (weight_shared, weight_own), l1, bias is not None
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (grad,), (shared, own), (weight_shared, weight_own) = grads, ctx.saved_tensors, ctx.weights
+        grad_own = None
+        if shared is not None:
+            _add_products(weight_shared, grad, shared.expand(len(grad), -1, -1), ctx.l1)
+        if own is not None:
+            _add_products(weight_own, grad, own.mT, ctx.l1)
+            if ctx.needs_input_grad[1]:
+                grad_own = torch.bmm(weight_own.flatten(2).to(grad.dtype).mT, grad)
+        grad_bias = grad.sum(2, dtype=torch.float32) if ctx.has_bias and ctx.needs_input_grad[4] else None
+        return None, grad_own, None, None, grad_bias, None, None
+
+
+def _add_products(weight: Tensor, grad: Tensor, inputs: Tensor, l1: Tensor) -> None:
+    """Adds grad [K, F, B] times inputs [K, B, I] to a weight's gradient, which holds the weight's signs still."""
+    total = weight.grad
+    assert total is not None
+    if not total.numel():
+        return
+    for point, (into, alpha) in enumerate(zip(total.flatten(2), l1.tolist(), strict=True)):
+        if grad.dtype == torch.float32:
+            torch.addmm(into, grad[point], inputs[point], beta=alpha, out=into)
+        else:
+            into.mul_(alpha).add_(grad[point] @ inputs[point])
+
+
+@dataclass(frozen=True)
+class Conv(Reader):
+    """A convolution over all channels of its input."""
+
+    kernel: tuple[int, int] = (3, 3)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+
+    def shapes(self, rows: int, columns: int, taps: int) -> dict[str, tuple[int, ...]]:
+        weight = (rows, columns, self.kernel[0] * self.kernel[1])
+        return {"weight": weight} | ({"bias": (rows,)} if self.bias else {})
+
+    def plain(self, inputs: Sequence[Tensor], tensors: Tensors, training: bool = False) -> Tensor:
+        return self._convolve(inputs[0], tensors["weight"], tensors.get("bias"))
+
+    def read(
+        self, shared: Tensor | None, own: Tensor | None, tensors: Tensors, l1: Tensor, points: int, dtype: torch.dtype
+    ) -> Tensor:
+        bias = tensors.get("bias")
+        bias = None if bias is None else bias.flatten().to(dtype)
+        out = None
+        if shared is not None and shared.shape[1]:
+            out = self._convolve(shared, tensors["weight.shared"].flatten(0, 1).to(dtype), bias)
+            bias = None
+        if own is not None and own.shape[1]:
+            # Two convolutions beat one over both parts put together.
+            other = self._convolve(own, tensors["weight.own"].flatten(0, 1).to(dtype), bias, groups=points)
+            out = other if out is None else out.add_(other)
+        if out is None:
+            raise ValueError("a convolution reads no unit at all")
+        return out
+
+    def _convolve(self, value: Tensor, weight: Tensor, bias: Tensor | None, groups: int = 1) -> Tensor:
+        weight = weight.unflatten(2, self.kernel)
+        return functional.conv2d(value, weight, bias, self.stride, self.padding, self.dilation, groups)
+
+
+@dataclass(frozen=True)
+class Depthwise(Op):
+    """A convolution of each channel by itself."""
+
+    bias: bool = True
+    kernel: tuple[int, int] = (3, 3)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+
+    def shapes(self, rows: int, columns: int, taps: int) -> dict[str, tuple[int, ...]]:
+        return {"weight": (rows, self.kernel[0] * self.kernel[1])} | ({"bias": (rows,)} if self.bias else {})
+
+    def plain(self, inputs: Sequence[Tensor], tensors: Tensors, training: bool = False) -> Tensor:
+        (value,), bias = inputs, tensors.get("bias")
+        weight = tensors["weight"].unflatten(1, self.kernel)[:, None].to(value.dtype)
+        bias = None if bias is None else bias.to(value.dtype)
+        return functional.conv2d(value, weight, bias, self.stride, self.padding, self.dilation, len(weight))
+
+    def flop(self, rows: int, columns: int, taps: int, positions: int) -> int:
+        return 2 * rows * self.kernel[0] * self.kernel[1] * positions
+
+
+@dataclass(frozen=True)
+class BatchNorm(Op):
+    """Batch normalisation of maps or flat values: batch statistics while training, running ones otherwise."""
+
+    STATISTICS: ClassVar[tuple[str, ...]] = ("mean", "variance")
+    affine: bool = True
+    epsilon: float = 1e-5
+    momentum: float = 0.1
+
+    def shapes(self, rows: int, columns: int, taps: int) -> dict[str, tuple[int, ...]]:
+        return dict.fromkeys((*(("scale", "shift") if self.affine else ()), "mean", "variance"), (rows,))
+
+    def plain(self, inputs: Sequence[Tensor], tensors: Tensors, training: bool = False) -> Tensor:
+        (value,), statistics = inputs, (tensors["mean"], tensors["variance"])
+        affine = tensors.get("scale"), tensors.get("shift")
+        training = training and value.numel() > value.shape[1]  # one value alone has no variance
+        return functional.batch_norm(value, *statistics, *affine, training, self.momentum, self.epsilon)
+
+    def packed(self, inputs: Sequence[Tensor], tensors: Tensors, points: int, training: bool) -> Tensor:
+        (value,) = inputs
+        if value.ndim == 4:
+            return super().packed(inputs, tensors, points, training)
+        return super().packed([value.T], tensors, points, training).T
+
+
+@dataclass(frozen=True)
+class Activation(Op):
+    """An elementwise function of `torch.nn.functional`, a key of `ACTIVATIONS`, with its arguments."""
+
+    ELEMENTWISE: ClassVar[bool] = True
+    function: str = "relu"
+    arguments: tuple[tuple[str, float | str], ...] = ()
+
+    @property
+    def non_negative(self) -> bool:
+        """Whether no output is below zero."""
+        return ACTIVATIONS[self.function][0]
+
+    @property
+    def monotone(self) -> bool:
+        """Whether it never falls, so that it may change places with a maximum."""
+        rising = ACTIVATIONS[self.function][1]
+        return rising and all(not isinstance(value, float | int) or value >= 0 for _, value in self.arguments[:1])
+
+    def plain(self, inputs: Sequence[Tensor], tensors: Tensors, training: bool = False) -> Tensor:
+        result: Tensor = getattr(functional, self.function)(inputs[0], **dict(self.arguments))
+        return result
+
+
+@dataclass(frozen=True)
+class PRelu(Op):
+    """A leaky rectifier with a learned slope for each channel."""
+
+    def shapes(self, rows: int, columns: int, taps: int) -> dict[str, tuple[int, ...]]:
+        return {"slope": (rows,)}
+
+    def plain(self, inputs: Sequence[Tensor], tensors: Tensors, training: bool = False) -> Tensor:
+        return functional.prelu(inputs[0], tensors["slope"].to(inputs[0].dtype))
+
+    def packed(self, inputs: Sequence[Tensor], tensors: Tensors, points: int, training: bool) -> Tensor:
+        (value,) = inputs
+        if value.ndim == 4:
+            return super().packed(inputs, tensors, points, training)
+        return super().packed([value.T], tensors, points, training).T
+
+
+@dataclass(frozen=True)
+class Affine(Op):
+    """A constant factor and a constant summand, as in hand-written activations."""
+
+    ELEMENTWISE: ClassVar[bool] = True
+    factor: float = 1.0
+    summand: float = 0.0
+
+    def plain(self, inputs: Sequence[Tensor], tensors: Tensors, training: bool = False) -> Tensor:
+        return inputs[0] * self.factor + self.summand
+
+
+@dataclass(frozen=True)
+class MaxPool(Op):
+    """The largest value of each window."""
+
+    kernel: tuple[int, int] = (2, 2)
+    stride: tuple[int, int] = (2, 2)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    ceil: bool = False
+
+    def plain(self, inputs: Sequence[Tensor], tensors: Tensors, training: bool = False) -> Tensor:
+        return functional.max_pool2d(inputs[0], self.kernel, self.stride, self.padding, self.dilation, self.ceil)
+
+
+@dataclass(frozen=True)
+class AvgPool(Op):
+    """The mean of each window."""
+
+    kernel: tuple[int, int] = (2, 2)
+    stride: tuple[int, int] = (2, 2)
+    padding: tuple[int, int] = (0, 0)
+    ceil: bool = False
+    count_padding: bool = True
+
+    def plain(self, inputs: Sequence[Tensor], tensors: Tensors, training: bool = False) -> Tensor:
+        return functional.avg_pool2d(
+            inputs[0], self.kernel, self.stride, self.padding, self.ceil, count_include_pad=self.count_padding
+        )
+
+
+@dataclass(frozen=True)
+class AdaptivePool(Op):
+    """The mean, or the largest value, of each of a fixed number of windows."""
+
+    size: tuple[int, int] = (1, 1)
+    maximum: bool = False
+
+    def plain(self, inputs: Sequence[Tensor], tensors: Tensors, training: bool = False) -> Tensor:
+        pool = functional.adaptive_max_pool2d if self.maximum else functional.adaptive_avg_pool2d
+        result: Tensor = pool(inputs[0], self.size)
+        return result
+
+
+@dataclass(frozen=True)
+class Dropout(Op):
+    """Zeroes values at random while training: single values, whole channels, or all channels of a sample.
+
+    Points of a pack draw alike. Frozen units are computed without it; it acts on what free units read.
+    """
+
+    share: float = 0.5
+    unit: str = "value"  # value | channel | sample
+
+    @property
+    def ELEMENTWISE(self) -> bool:  # type: ignore[override]  # noqa: N802 - as the class attribute that it stands for
+        return self.unit == "value"
+
+    def plain(self, inputs: Sequence[Tensor], tensors: Tensors, training: bool = False) -> Tensor:
+        (value,) = inputs
+        if not training or not self.share:
+            return value
+        if self.unit == "value":
+            return functional.dropout(value, self.share)
+        shape = (*value.shape[: 2 if self.unit == "channel" else 1], *[1] * (value.ndim - 1))[: value.ndim]
+        return value * functional.dropout(torch.ones(shape, dtype=value.dtype, device=value.device), self.share)
+
+
+@dataclass(frozen=True)
+class Identity(Op):
+    """The value as it is."""
+
+    ELEMENTWISE: ClassVar[bool] = True
+
+    def plain(self, inputs: Sequence[Tensor], tensors: Tensors, training: bool = False) -> Tensor:
+        return inputs[0]
+
+
+class _ToFlat(Op):
+    """A map becomes flat: packed, its channels come first."""
+
+    def packed(self, inputs: Sequence[Tensor], tensors: Tensors, points: int, training: bool) -> Tensor:
+        (value,) = inputs
+        return self.plain(inputs, {}).T if value.ndim == 4 else value
+
+
+@dataclass(frozen=True)
+class Flatten(_ToFlat):
+    """A map as flat values: unit c owns those from c*H*W to (c+1)*H*W."""
+
+    def plain(self, inputs: Sequence[Tensor], tensors: Tensors, training: bool = False) -> Tensor:
+        return inputs[0].flatten(1)
+
+
+@dataclass(frozen=True)
+class MeanPositions(_ToFlat):
+    """The mean of each channel's map, as a flat value."""
+
+    def plain(self, inputs: Sequence[Tensor], tensors: Tensors, training: bool = False) -> Tensor:
+        return inputs[0].mean((2, 3))
+
+
+@dataclass(frozen=True)
+class ToMap(Op):
+    """Flat values as maps of one position, for example of a gate."""
+
+    def plain(self, inputs: Sequence[Tensor], tensors: Tensors, training: bool = False) -> Tensor:
+        return inputs[0][:, :, None, None]
+
+    def packed(self, inputs: Sequence[Tensor], tensors: Tensors, points: int, training: bool) -> Tensor:
+        return self.plain([inputs[0].T], tensors)
+
+
+@dataclass(frozen=True)
+class Add(Op):
+    """The sum of values over the same units."""
+
+    def plain(self, inputs: Sequence[Tensor], tensors: Tensors, training: bool = False) -> Tensor:
+        total = inputs[0] + inputs[1]
+        for value in inputs[2:]:
+            total = total + value
+        return total
+
+
+@dataclass(frozen=True)
+class Multiply(Op):
+    """The product of values over the same units, for example by a gate."""
+
+    def plain(self, inputs: Sequence[Tensor], tensors: Tensors, training: bool = False) -> Tensor:
+        product = inputs[0] * inputs[1]
+        for value in inputs[2:]:
+            product = product * value
+        return product
+
+
+@dataclass(frozen=True)
+class Concat(Op):
+    """The channels of several values, one after another."""
+
+    def plain(self, inputs: Sequence[Tensor], tensors: Tensors, training: bool = False) -> Tensor:
+        return torch.cat(list(inputs), 1)
+
+    def packed(self, inputs: Sequence[Tensor], tensors: Tensors, points: int, training: bool) -> Tensor:
+        dim = 1 if inputs[0].ndim == 4 else 0
+        blocks = [value.unflatten(dim, (points, -1)) for value in inputs]
+        return torch.cat(blocks, dim + 1).flatten(dim, dim + 1)
+
+
+OPS: dict[str, type[Op]] = {
+    kind.__name__: kind
+    for kind in (
+        Activation,
+        AdaptivePool,
+        Add,
+        Affine,
+        AvgPool,
+        BatchNorm,
+        Concat,
+        Conv,
+        Depthwise,
+        Dropout,
+        Flatten,
+        Identity,
+        Linear,
+        MaxPool,
+        MeanPositions,
+        Multiply,
+        PRelu,
+        ToMap,
+    )
+}
