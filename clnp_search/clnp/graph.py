@@ -20,6 +20,7 @@ from clnp_search.clnp.ops import (
     ACTIVATIONS,
     OPS,
     Activation,
+    Add,
     BatchNorm,
     Concat,
     Conv,
@@ -148,6 +149,20 @@ class Graph:
         """After which node each value is not needed any more."""
         return {name: node.name for node in self.nodes for name in node.inputs}
 
+    @cached_property
+    def in_place(self) -> frozenset[str]:
+        """The rectifiers that may overwrite what they read while training: nobody else needs it."""
+        fresh = (Reader, BatchNorm, MaxPool, Add)
+        reads = [name for node in self.nodes for name in node.inputs]
+        return frozenset(
+            node.name
+            for node in self.nodes
+            if isinstance(node.op, Activation)
+            and node.op.function == "relu"
+            and reads.count(node.inputs[0]) == 1
+            and isinstance(self.source(node).op, fresh)
+        )
+
     def upstream(self, names: Iterable[str]) -> set[str]:
         """These nodes and all that they depend on."""
         found = set(names)
@@ -196,6 +211,15 @@ class Graph:
             rows, columns = (sum(counts[group] for group in each.groups) for each in (node, self.source(node)))
             found[name] = node.op.flop(rows, columns, self.source(node).taps, math.prod(node.positions))
         return found
+
+    def hidden_weights(self, units: Mapping[str, int]) -> int:
+        """Weights between so many units of each group, the samples' channels included and the head left out."""
+        counts, total = {**units, INPUT: self.input_shape[0]}, 0
+        for name in self.layers[:-1]:
+            node = self.by_name[name]
+            rows, columns = (sum(counts[group] for group in each.groups) for each in (node, self.source(node)))
+            total += math.prod(node.op.shapes(rows, columns, self.source(node).taps)["weight"])
+        return total
 
     @cached_property
     def pooled_first(self) -> Graph:
@@ -362,6 +386,8 @@ class Builder:
             return self._append(name, op, inputs, groups)
         if "weight" in op.shapes(1, 1, 1) and not read[0].positions:
             raise ValueError("convolves flat values")
+        if op.shapes(1, 1, 1) and INPUT in read[0].groups:
+            raise ValueError("has parameters for the samples' own channels, which no task could own")
         if op.shapes(1, 1, 1) and read[0].taps > 1:
             raise ValueError("has a parameter for each position of a flattened map")
         for other in read[1:]:

@@ -94,7 +94,7 @@ class Reader(Op):
     bias: bool = True
 
     def read(
-        self, shared: Tensor | None, own: Tensor | None, tensors: Tensors, l1: Tensor, points: int, dtype: torch.dtype
+        self, shared: Tensor | None, own: Tensor | None, tensors: Tensors, points: int, dtype: torch.dtype
     ) -> Tensor:
         """The points' own output channels, in packed form.
 
@@ -102,7 +102,6 @@ class Reader(Op):
             shared: The frozen channels in plain form, or None if there are none.
             own: The points' own channels in packed form, or None if there are none.
             tensors: `weight.shared` [K, F, A, taps], `weight.own` [K, F, I, taps] and perhaps `bias` [K, F].
-            l1: [K] L1 coefficients, whose sub-gradient the weights' gradients start from.
             dtype: Of the products.
         """
         raise NotImplementedError
@@ -119,63 +118,66 @@ class Linear(Reader):
         return functional.linear(inputs[0], tensors["weight"].flatten(1), tensors.get("bias"))
 
     def read(
-        self, shared: Tensor | None, own: Tensor | None, tensors: Tensors, l1: Tensor, points: int, dtype: torch.dtype
+        self, shared: Tensor | None, own: Tensor | None, tensors: Tensors, points: int, dtype: torch.dtype
     ) -> Tensor:
         own = None if own is None else own.view(points, -1, own.shape[-1])
         weights = tensors["weight.shared"], tensors["weight.own"]
-        return _Dense.apply(shared, own, *weights, tensors.get("bias"), l1, dtype).flatten(0, 1)
+        result: Tensor = _Dense.apply(shared, own, *weights, tensors.get("bias"), dtype)
+        return result
 
 
 class _Dense(torch.autograd.Function):
     """A dense layer of every point, whose weight gradients go straight into buffers that start from the L1 term.
 
     Autograd would make a new gradient of every weight matrix in every step and add it; for wide layers that costs a
-    tenth of the step. One product for each point rather than one for all keeps a point's bits apart from its mates'.
+    tenth of the step.
     """
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        shared, own, weight_shared, weight_own, bias, l1, dtype = inputs
+        shared, own, weight_shared, weight_own, bias, dtype = inputs
         points, rows = weight_shared.shape[:2]
         batch = len(shared) if shared is not None else own.shape[-1]
         weight, like = weight_shared.flatten(2), {"dtype": dtype, "device": weight_shared.device}
-        start = torch.zeros(points * rows, 1, **like) if bias is None else bias.reshape(-1, 1).to(dtype)
+        first = torch.zeros(points * rows, 1, **like) if bias is None else bias.reshape(-1, 1).to(dtype)
         if shared is None or not weight.shape[2]:
-            out = start.expand(-1, batch).contiguous()
+            out = first.expand(-1, batch).contiguous()
         else:
-            out = torch.addmm(start, weight.flatten(0, 1).to(dtype), shared.T)
-        out = out.view(points, rows, batch)
+            out = torch.addmm(first, weight.flatten(0, 1).to(dtype), shared.T)
         if own is not None and own.shape[1]:
-            torch.baddbmm(out, weight_own.flatten(2).to(dtype), own, out=out)
+            each = out.view(points, rows, batch)
+            torch.baddbmm(each, weight_own.flatten(2).to(dtype), own, out=each)
         ctx.save_for_backward(shared, own)
-        ctx.weights, ctx.l1, ctx.has_bias = (weight_shared, weight_own), l1, bias is not None
+        ctx.weights, ctx.has_bias = (weight_shared, weight_own), bias is not None
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        (grad,), (shared, own), (weight_shared, weight_own) = grads, ctx.saved_tensors, ctx.weights
-        grad_own = None
+        (all_points,), (shared, own), (weight_shared, weight_own) = grads, ctx.saved_tensors, ctx.weights
+        grad, grad_own = all_points.unflatten(0, weight_own.shape[:2]), None
         if shared is not None:
-            _add_products(weight_shared, grad, shared.expand(len(grad), -1, -1), ctx.l1)
+            _add_product(weight_shared, all_points, shared)
         if own is not None:
-            _add_products(weight_own, grad, own.mT, ctx.l1)
+            _add_product(weight_own, grad, own.mT)
             if ctx.needs_input_grad[1]:
                 grad_own = torch.bmm(weight_own.flatten(2).to(grad.dtype).mT, grad)
         grad_bias = grad.sum(2, dtype=torch.float32) if ctx.has_bias and ctx.needs_input_grad[4] else None
-        return None, grad_own, None, None, grad_bias, None, None
+        return None, grad_own, None, None, grad_bias, None
 
 
-def _add_products(weight: Tensor, grad: Tensor, inputs: Tensor, l1: Tensor) -> None:
-    """Adds grad [K, F, B] times inputs [K, B, I] to a weight's gradient, which holds the weight's signs still."""
+def _add_product(weight: Tensor, grad: Tensor, inputs: Tensor) -> None:
+    """Adds to a weight's gradient the product of grad and inputs, each point's [F, B] and [B, I] or all of one."""
     total = weight.grad
     assert total is not None
+    total = total.flatten(2) if grad.ndim == 3 else total.flatten(2).flatten(0, 1)
     if not total.numel():
         return
-    for point, (into, alpha) in enumerate(zip(total.flatten(2), l1.tolist(), strict=True)):
-        if grad.dtype == torch.float32:
-            torch.addmm(into, grad[point], inputs[point], beta=alpha, out=into)
-        else:
-            into.mul_(alpha).add_(grad[point] @ inputs[point])
+    if grad.dtype != torch.float32:
+        total.add_(grad @ inputs)
+    elif grad.ndim == 2:
+        torch.addmm(total, grad, inputs, out=total)
+    else:
+        torch.baddbmm(total, grad, inputs, out=total)
 
 
 @dataclass(frozen=True)
@@ -195,7 +197,7 @@ class Conv(Reader):
         return self._convolve(inputs[0], tensors["weight"], tensors.get("bias"))
 
     def read(
-        self, shared: Tensor | None, own: Tensor | None, tensors: Tensors, l1: Tensor, points: int, dtype: torch.dtype
+        self, shared: Tensor | None, own: Tensor | None, tensors: Tensors, points: int, dtype: torch.dtype
     ) -> Tensor:
         bias = tensors.get("bias")
         bias = None if bias is None else bias.flatten().to(dtype)

@@ -1,67 +1,90 @@
-"""Several grid points of one task as one batched program.
+"""Several grid points of one task as one program, on top of what earlier tasks have frozen.
 
 All points of a task share the frozen network, the data and its order. So the frozen units' outputs are computed once
-for the whole pack (`Features`), gradients and optimizer state exist for free parameters only, and what all points read
-meets the weights of all of them in one matrix product. Forward and backward passes are written out: the gradient
-buffers live as long as the pack and start from the L1 term, which then costs one pass over the weights.
+for the whole pack (`Trunk`, `Features`), and gradients and optimizer state exist for free parameters only. Points that
+are computed together stand side by side as blocks of channels (`ops.py`): dense networks all at once, where what all
+points read meets the weights of all of them in one matrix product; networks of maps one after another, because a
+point's maps then stay in the cache from layer to layer, and microbatches keep them small. Gradients accumulate in
+buffers that live as long as the pack and start from the L1 term.
 
-Outputs of free units are kept unit by unit, [P, F, B]: then one product serves the whole pack, and matrix libraries are
-faster on the narrow ones too.
-
-Shapes: P points, B samples of a batch, N samples, A frozen units of the layer below (or the inputs), F free units of
-a layer, I free units of the layer below, C classes.
+Shapes: P points of a pack, K of a block, B samples of a batch, N samples, F free units, C classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from clnp_search.clnp.activations import ACTIVATIONS
-from clnp_search.clnp.seeds import generator
-from clnp_search.clnp.state import FreeParameters, State
+from clnp_search.clnp.graph import CLASSES, INPUT, Graph, Node, chosen, run
+from clnp_search.clnp.ops import Dropout, Reader
+from clnp_search.clnp.state import FreeParameters, Parameters, State
 
-EVALUATION_BATCH = 1000
+# What the largest value of a microbatch may take while training, so that it stays in a CPU's cache.
+CACHED_BYTES = 8 << 20
+EVALUATED_BYTES = 64 << 20
+LARGEST_BATCH = 1000
+
+Levels = Mapping[str, Tensor]
+
+
+def evaluation_batch(graph: Graph) -> int:
+    """Samples that are evaluated at a time."""
+    return max(1, min(LARGEST_BATCH, EVALUATED_BYTES // (4 * graph.largest_value)))
+
+
+def microbatch(graph: Graph, batch_size: int) -> int:
+    """Samples that are trained at a time: a batch, or as many as the cache holds where that changes nothing."""
+    if graph.has_batch_statistics or graph.is_dense:
+        return batch_size
+    fitting = max(1, CACHED_BYTES // (4 * graph.largest_value))
+    return min(batch_size, 1 << (fitting.bit_length() - 1))
 
 
 class Trunk:
     """The frozen units that a new task can read."""
 
     def __init__(self, state: State, device: torch.device) -> None:
-        architecture = state.architecture
-        self._activation = ACTIVATIONS[architecture.activation]
-        # A single head never reads earlier tasks' units of the last hidden layer.
-        readable = state.layers if architecture.head == "multi" else state.layers[:-1]
-        columns = torch.arange(architecture.in_features)
-        self._linears = []
-        for layer in readable:
-            rows = layer.active(state.num_tasks)
-            self._linears.append((layer.weight[rows][:, columns].to(device), layer.bias[rows].to(device)))
-            columns = rows
-        self.widths = (architecture.in_features, *(len(bias) for _, bias in self._linears))
+        self.graph = state.graph
+        self._active = state.active()
+        free = state.free
+        # What is read by nobody that can still learn is not computed. A single head never reads earlier tasks' units.
+        readers = [
+            node
+            for node in self.graph.nodes
+            if isinstance(node.op, Reader) and _can_learn(node, free, state.architecture.head)
+        ]
+        self.levels_read = tuple(dict.fromkeys(self.graph.source(node).name for node in readers))
+        needed = self.graph.upstream(self.levels_read)
+        self._tensors = {
+            name: {each: tensor.to(device) for each, tensor in cut.items()}
+            for name, tensors in state.tensors.items()
+            if name in needed
+            for cut in [chosen(self.graph, self.graph.by_name[name], tensors, self._active, self._active)]
+        }
 
-    def levels(self, inputs: Tensor) -> list[Tensor]:
-        """What each layer reads of the frozen network: `inputs` [B, in_features], then each layer's [B, A]."""
-        levels = [inputs]
-        for weight, bias in self._linears:
-            levels.append(self._activation.apply_(functional.linear(levels[-1], weight, bias)))
-        return levels
+    def levels(self, inputs: Tensor) -> dict[str, Tensor]:
+        """What free units read of the frozen network: the values of nodes, for inputs [B, ...]."""
+        return run(self.graph, {INPUT: inputs}, self._tensors, self.levels_read)
 
-    def split_levels(self, inputs: Tensor, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-        """`levels` of a whole split [N, in_features], computed batch by batch."""
-        chunks = [[level.to(dtype) for level in self.levels(chunk)[1:]] for chunk in inputs.split(EVALUATION_BATCH)]
-        return [inputs.to(dtype), *(torch.cat(level) for level in zip(*chunks, strict=True))]
+    @property
+    def level_size(self) -> int:
+        """Numbers a sample in all levels but the input."""
+        nodes = [self.graph.by_name[name] for name in self.levels_read if name != INPUT]
+        return sum(
+            sum(units for _, units in self.graph.segments(node, self._active)) * node.taps * math.prod(node.positions)
+            for node in nodes
+        )
 
 
 class Features:
     """A split of a task's data on the device, with the frozen units' outputs on it.
 
     Args:
-        inputs: [N, in_features] float32.
+        inputs: [N, ...] float32, as the network takes samples.
         labels: [N] int64.
         cache_bytes: The frozen units' outputs are kept for the whole split if they fit into this.
         dtype: In which the levels are handed out.
@@ -70,255 +93,447 @@ class Features:
     def __init__(
         self, trunk: Trunk, inputs: Tensor, labels: Tensor, cache_bytes: int, dtype: torch.dtype = torch.float32
     ) -> None:
-        self.labels = labels
-        self._trunk = trunk
-        self._dtype = dtype
-        self._cached = len(inputs) * sum(trunk.widths[1:]) * dtype.itemsize <= cache_bytes
-        self._levels = trunk.split_levels(inputs, dtype) if self._cached else [inputs]
+        self.labels, self.batch_size = labels, evaluation_batch(trunk.graph)
+        self._trunk, self._dtype = trunk, dtype
+        self._cached = len(inputs) * trunk.level_size * dtype.itemsize <= cache_bytes
+        inputs = _channels_last(inputs)
+        if self._cached:
+            chunks = [trunk.levels(chunk) for chunk in inputs.split(self.batch_size)]
+            self._levels = {
+                name: _channels_last(torch.cat([chunk[name].to(dtype) for chunk in chunks]))
+                for name in trunk.levels_read
+                if name != INPUT
+            }
+            self._levels[INPUT] = inputs.to(dtype)
+        else:
+            self._levels = {INPUT: inputs}
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def batch(self, index: Tensor | slice) -> tuple[list[Tensor], Tensor]:
-        """The levels [B, A] and labels [B] of the samples at `index`."""
-        if isinstance(index, slice):
-            levels = [level[index] for level in self._levels]
-        else:
-            levels = [level.index_select(0, index) for level in self._levels]
+    def batch(self, index: Tensor | slice) -> tuple[dict[str, Tensor], Tensor]:
+        """The levels [B, ...] and labels [B] of the samples at `index`."""
+        levels = {name: _rows(level, index) for name, level in self._levels.items()}
         if not self._cached:
-            levels = [level.to(self._dtype) for level in self._trunk.levels(levels[0])]
+            computed = self._trunk.levels(levels[INPUT])
+            levels = {name: level.to(self._dtype) for name, level in {**levels, **computed}.items()}
         return levels, self.labels[index]
 
-    def batches(self) -> Iterator[tuple[list[Tensor], Tensor]]:
+    def batches(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
         """The whole split in order."""
-        for start in range(0, len(self), EVALUATION_BATCH):
-            yield self.batch(slice(start, start + EVALUATION_BATCH))
+        for start in range(0, len(self), self.batch_size):
+            yield self.batch(slice(start, start + self.batch_size))
 
 
-class PackedLinear:
-    """A dense layer of every point of a pack.
+class Block:
+    """Free units of K points that are computed together: parameters [K, ...], and the walk over the graph.
 
     Args:
-        shared: [P, F, A] weights from what all points share.
-        own: [P, F, I] weights from the point's own free units.
-        bias: [P, F].
-        alpha: [P] L1 coefficients of this layer's weights.
-        trainable_bias: False where an earlier task froze it, or there is none.
-        dtype: Of the matrix products; parameters stay float32.
+        units: For each group, how many own units each of the points has.
+        tensors: For each node, its parameters [K, F, ...], as in `FreeParameters`.
+        reads_frozen: Whether the head reads frozen units.
     """
 
-    def __init__(
-        self, shared: Tensor, own: Tensor, bias: Tensor, alpha: Tensor, trainable_bias: bool, dtype: torch.dtype
-    ) -> None:
-        self.shared, self.own, self.bias = shared, own, bias
-        self._alpha = alpha[:, None, None]
-        self._trainable_bias = trainable_bias
-        self._dtype = dtype
-        self.parameters = [shared, own, *([bias] if trainable_bias else [])]
-        for parameter in self.parameters:
-            parameter.grad = torch.empty_like(parameter)
+    def __init__(self, graph: Graph, units: Mapping[str, int], tensors: Parameters, reads_frozen: bool) -> None:
+        self.graph, self.units, self.tensors = graph, dict(units), tensors
+        self.points = len(next(iter(tensors[graph.head].values())))
+        self._reads_frozen = reads_frozen
 
-    def forward(self, shared: Tensor, own: Tensor | None, out: Tensor) -> None:
-        """Writes the pre-activations [P, F, B] of inputs `shared` [B, A] and `own` [P, I, B] to `out`."""
-        bias, weight = self.bias.view(-1, 1).to(self._dtype), self.shared.flatten(0, 1).to(self._dtype)
-        torch.addmm(bias, weight, shared.T, out=out.view(-1, len(shared)))
-        if own is not None and own.shape[1]:
-            torch.baddbmm(out, self.own.to(self._dtype), own, out=out)
+    def width(self, node: Node) -> int:
+        """Own channels that each point has at a node."""
+        if node.groups == (CLASSES,):
+            return self.tensors[self.graph.head]["weight.own"].shape[1]
+        return node.taps * sum(self.units.get(group, 0) for group in node.groups)
 
-    def backward(self, grad: Tensor, shared: Tensor, own: Tensor | None, grad_own: Tensor | None) -> None:
-        """Fills the parameters' gradients, L1 term included, and `grad_own` [P, I, B], from `grad` [P, F, B]."""
-        self._weight_gradient(self.shared, grad, shared)
-        if own is not None:
-            self._weight_gradient(self.own, grad, own.mT)
-        if grad_own is not None:
-            torch.bmm(self.own.to(self._dtype).mT, grad, out=grad_own)
-        if self._trainable_bias:
-            assert self.bias.grad is not None
-            torch.sum(grad, 2, out=self.bias.grad, dtype=torch.float32)
+    def forward(
+        self,
+        levels: Levels,
+        training: bool = False,
+        dtype: torch.dtype = torch.float32,
+        graph: Graph | None = None,
+        values: Mapping[str, Tensor] | None = None,
+        keep: bool = False,
+        last: str = "",
+    ) -> dict[str, Tensor]:
+        """The points' own values at each node, in packed form (`ops.py`); the last node's are the logits.
 
-    def _weight_gradient(self, weight: Tensor, grad: Tensor, inputs: Tensor) -> None:
-        """Fills a weight's gradient; `inputs` are of the point [P, B, I] or of all points [B, A]."""
-        total = weight.grad
-        assert total is not None
-        if not weight.numel():
-            return
-        # alpha * sign(weight), with +-alpha at zero: any value between is a sub-gradient of the L1 norm there.
-        torch.copysign(self._alpha, weight, out=total)
-        if inputs.ndim == 2:
-            total, grad = total.flatten(0, 1), grad.flatten(0, 1)
-        if self._dtype != torch.float32:
-            total.add_(grad @ inputs)
-        elif inputs.ndim == 2:
-            torch.addmm(total, grad, inputs, out=total)
-        else:
-            torch.baddbmm(total, grad, inputs, out=total)
+        Args:
+            graph: Another order of the same nodes.
+            values: What is known of the own values already.
+            keep: Whether all values are wanted, and not the logits alone.
+            last: The node to stop at, if not the last.
+        """
+        graph = graph or self.graph
+        batch = len(levels[INPUT])
+        values = dict(values or {})
+        for node in graph.nodes:
+            if node.name not in values and self.width(node):
+                values[node.name] = self._compute(graph, node, values, levels, batch, training, dtype)
+                if not keep:
+                    for name in node.inputs:
+                        if graph.last_readers[name] == node.name:
+                            values.pop(name, None)
+            if node.name == last:
+                break
+        return values
+
+    def logits(self, values: Mapping[str, Tensor]) -> Tensor:
+        """The logits [K, C, B] among what `forward` gave."""
+        return values[self.graph.nodes[-1].name].unflatten(0, (self.points, -1))
+
+    def _compute(
+        self,
+        graph: Graph,
+        node: Node,
+        values: Mapping[str, Tensor],
+        levels: Levels,
+        batch: int,
+        training: bool,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        tensors = self.tensors.get(node.name, {})
+        if not isinstance(node.op, Reader):
+            own = [values[name] for name in node.inputs if name in values]
+            if training and node.name in graph.in_place:
+                return torch.relu_(own[0])
+            return node.op.packed(own, tensors, self.points, training)
+        source = graph.source(node)
+        own_value = values.get(source.name)
+        shared = levels.get(source.name) if self._reads_frozen or node.name != graph.head else None
+        if shared is not None and not shared.shape[1]:
+            shared = None
+        if shared is None and own_value is None:
+            return self._bias_alone(node, batch, dtype)
+        if shared is not None and training and isinstance(source.op, Dropout):
+            shared = source.op.plain([shared], {}, training)
+        return node.op.read(shared, own_value, tensors, self.points, dtype)
+
+    def _bias_alone(self, node: Node, batch: int, dtype: torch.dtype) -> Tensor:
+        """The value of a layer that reads no unit."""
+        tensors = self.tensors[node.name]
+        own = tensors["weight.own"]
+        bias = tensors["bias"] if "bias" in tensors else own.new_zeros(own.shape[:2])
+        if node.positions:
+            return bias.to(dtype).view(1, -1, 1, 1).expand(batch, -1, *node.positions)
+        return bias.to(dtype).view(-1, 1).expand(-1, batch)
 
 
-@dataclass
-class _Workspace:
-    """Buffers for one batch size: outputs and their gradients of each hidden layer [P, F, B], and logits [P, C, B]."""
+@dataclass(frozen=True)
+class L1:
+    """How the L1 penalty acts.
 
-    outputs: list[Tensor]
-    gradients: list[Tensor]
-    logits: Tensor
+    Args:
+        proximal: By soft thresholds after each step, which give exact zeros, instead of by its sub-gradient.
+        scales: What multiplies alpha for the scales of normalisations: a normalised layer does not feel the size of
+            its weights (Source: Liu et al. 2017, "network slimming").
+    """
+
+    proximal: bool = False
+    scales: float = 1.0
 
 
 class Pack:
     """The free parameters of P points of one task, on top of a committed state.
 
-    All points start from the same parameters, which follow from the seed alone: weights uniform in
-    +-1/sqrt(fan-in), PyTorch's default for dense layers; biases zero. The fan-in is the layer's full width below; for a
-    single head it is the number of free units of the last hidden layer.
-
     Args:
         state: What earlier tasks have committed.
         num_classes: C of the new task.
-        alphas: For each point, the L1 coefficient of each hidden layer and of the head.
-        seed: Of the initial parameters.
+        alphas: For each point, the L1 coefficient of each layer, the head's last.
+        initial: Each node's parameters at full size (`initial.draw`), from which all points start; or for each point
+            the parameters that it starts from, which may have fewer units (after a round of pruning).
         dtype: Of the matrix products: float32 or bfloat16.
+        together: How many points are computed as one block; by default all of a dense network, else one.
     """
 
     def __init__(
         self,
         state: State,
         num_classes: int,
-        alphas: list[tuple[float, ...]],
-        seed: int,
+        alphas: Sequence[Sequence[float]],
+        initial: Parameters | Sequence[FreeParameters],
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        l1: L1 | None = None,
+        together: int | None = None,
     ) -> None:
-        architecture = state.architecture
-        self.device = torch.device(device)
-        self.dtype = dtype
-        self.num_points = len(alphas)
-        self.num_classes = num_classes
+        self.device, self.dtype = torch.device(device), dtype
+        self.num_points, self.num_classes = len(alphas), num_classes
+        self.state, self.graph = state, state.graph
         self.trunk = Trunk(state, self.device)
-        self._activation = ACTIVATIONS[architecture.activation]
-        self._free = [len(layer.free) for layer in state.layers]
-        self._workspaces: dict[int, _Workspace] = {}
-        self._head_reads_frozen = architecture.head == "multi"
-        alpha = torch.tensor(alphas, device=self.device).T
-        task = state.num_tasks
-
-        def drawn(rows: int, columns: int, fan_in: int, *words: str | int) -> Tensor:
-            bound = fan_in**-0.5 if fan_in else 0.0
-            values = torch.empty(rows, columns).uniform_(-bound, bound, generator=generator(seed, "init", task, *words))
-            return values.to(self.device).expand(self.num_points, -1, -1).contiguous()
-
-        self.layers = []
-        below = 0
-        for index, (free, fan_in) in enumerate(zip(self._free, architecture.fan_in, strict=True)):
-            frozen = self.trunk.widths[index]
-            self.layers.append(
-                PackedLinear(
-                    drawn(free, frozen, fan_in, index, "frozen"),
-                    drawn(free, below, fan_in, index, "free"),
-                    torch.zeros(self.num_points, free, device=self.device),
-                    alpha[index],
-                    True,
-                    dtype,
-                )
-            )
-            below = free
-        frozen = self.trunk.widths[-1] if self._head_reads_frozen else 0
-        bias = torch.zeros(self.num_points, num_classes, device=self.device)
-        rule = architecture.head_bias if architecture.head == "single" else "per_task"
-        if rule == "frozen" and state.heads and state.heads[0].bias is not None:
-            bias += state.heads[0].bias.to(self.device)
-        self._trainable_head_bias = rule == "per_task" or (rule == "frozen" and not state.heads)
-        self.head = PackedLinear(
-            drawn(num_classes, frozen, frozen + below, "head", "frozen"),
-            drawn(num_classes, below, frozen + below, "head", "free"),
-            bias,
-            alpha[-1],
-            self._trainable_head_bias,
-            dtype,
-        )
-        self._head_has_bias = rule != "none"
+        self._l1 = l1 or L1()
+        columns = torch.tensor(alphas, dtype=torch.float32, device=self.device).T
+        self._alphas = dict(zip(self.graph.layers, columns, strict=True))
+        if isinstance(initial, Mapping):
+            start = _free_part(state, initial)
+            size = together or (self.num_points if self.graph.is_dense else 1)
+            starts = [start] * self.num_points
+        else:
+            size, starts = 1, list(initial)
+        self.units = [start.units for start in starts]
+        self._first = list(range(0, self.num_points, size))
+        self.blocks = [self._block(starts[first : first + size]) for first in self._first]
+        self._trained_order = self.graph.pooled_first
+        self._random = any(isinstance(node.op, Dropout) and node.op.share for node in self.graph.nodes)
 
     def features(self, inputs: Tensor, labels: Tensor, cache_bytes: int = 4 << 30) -> Features:
-        """A split of the task's data as this pack reads it: `inputs` [N, in_features], `labels` [N]."""
+        """A split of the task's data as this pack reads it: `inputs` [N, ...], `labels` [N]."""
         return Features(self.trunk, inputs.to(self.device), labels.to(self.device), cache_bytes, self.dtype)
 
     @property
-    def parameters(self) -> list[Tensor]:
-        """All trainable tensors; the first dimension of each is P."""
-        return [parameter for layer in (*self.layers, self.head) for parameter in layer.parameters]
+    def parameters(self) -> list[list[Tensor]]:
+        """For each point, its trainable tensors, with their gradients."""
+        return [
+            [_point(tensor, position - first) for tensor in self._trainable(block)]
+            for first, block in zip(self._first, self.blocks, strict=True)
+            for position in range(first, first + block.points)
+        ]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All that training changes, by name."""
+        return {
+            f"{index}/{node}/{name}": tensor
+            for index, block in enumerate(self.blocks)
+            for node, own in block.tensors.items()
+            for name, tensor in own.items()
+        }
 
     @property
     def training_flop(self) -> int:
         """Floating-point operations of one sample's forward and backward pass through all points' free layers."""
         flop = 0
-        for layer in (*self.layers, self.head):
-            flop += 4 * layer.shared.numel() + 6 * layer.own.numel()
+        for block in self.blocks:
+            for name in self.graph.layers:
+                positions = math.prod(self.graph.by_name[name].positions)
+                tensors = block.tensors[name]
+                if "weight" in tensors:
+                    flop += 6 * tensors["weight"].numel() * positions
+                else:
+                    flop += (4 * tensors["weight.shared"].numel() + 6 * tensors["weight.own"].numel()) * positions
         return flop
 
-    def forward(self, levels: list[Tensor]) -> Tensor:
-        """Logits [P, C, B] of a batch's `levels`; overwritten by the next call of the same batch size."""
-        work = self._workspace(len(levels[0]))
-        below = None
-        for layer, shared, output in zip(self.layers, levels, work.outputs, strict=False):
-            layer.forward(shared, below, output)
-            self._activation.apply_(output)
-            below = output
-        self.head.forward(self._head_level(levels), below, work.logits)
-        return work.logits
+    def train_batch(self, features: Features, index: Tensor, seed: int = 0) -> Tensor:
+        """Fills all gradients from the samples at `index`, L1 term included; gives each point's loss [P], summed.
 
-    def backward(self, levels: list[Tensor], grad_logits: Tensor) -> None:
-        """Fills all gradients after `forward(levels)`, from the loss's gradient [P, C, B]."""
-        work = self._workspace(len(levels[0]))
-        self.head.backward(grad_logits, self._head_level(levels), work.outputs[-1], work.gradients[-1])
-        for index in reversed(range(len(self.layers))):
-            grad = self._activation.backward_(work.gradients[index], work.outputs[index])
-            below = (work.outputs[index - 1], work.gradients[index - 1]) if index else (None, None)
-            self.layers[index].backward(grad, levels[index], *below)
+        Args:
+            seed: Of what is random in the network.
+        """
+        self._begin_gradients()
+        losses = torch.zeros(self.num_points, device=self.device)
+        size = microbatch(self.graph, len(index))
+        for part, chunk in enumerate(index.split(size)):
+            levels, labels = features.batch(chunk)
+            for first, block in zip(self._first, self.blocks, strict=True):
+                if self._random:  # alike for all points, whoever shares a pack with whom
+                    torch.manual_seed(seed + part)
+                values = block.forward(levels, True, self.dtype, self._trained_order)
+                logits = block.logits(values)
+                loss, grad = cross_entropy(logits.detach(), labels, len(index))
+                losses[first : first + block.points] += loss
+                if logits.requires_grad:
+                    logits.backward(grad)
+        return losses
+
+    @torch.no_grad()
+    def shrink(self, step_sizes: Sequence[float]) -> None:
+        """Moves all penalised weights towards zero by alpha times the point's step size, as a proximal step does."""
+        if not self._l1.proximal:
+            return
+        sizes = torch.tensor(step_sizes, device=self.device)
+        for first, block in zip(self._first, self.blocks, strict=True):
+            for tensor, alpha in self._penalised(first, block):
+                bound = alpha * sizes[first : first + block.points].view(alpha.shape)
+                tensor.copy_(tensor.sign() * (tensor.abs() - bound).clamp_(min=0))
 
     def num_correct(self, features: Features) -> list[int]:
-        """For each point, the samples of a split that the network gets right."""
+        """For each point, the samples of a split that the network gets right, in the pack's precision."""
         correct = torch.zeros(self.num_points, dtype=torch.int64, device=self.device)
-        for levels, labels in features.batches():
-            correct += (self.forward(levels).argmax(1) == labels).sum(1)
+        with torch.no_grad():
+            for levels, labels in features.batches():
+                for first, block in zip(self._first, self.blocks, strict=True):
+                    logits = block.logits(block.forward(levels, dtype=self.dtype, graph=self._trained_order))
+                    correct[first : first + block.points] += (logits.argmax(1) == labels).sum(1)
         return correct.tolist()
 
-    def activities(self, features: Features) -> list[Tensor]:
-        """Mean post-activation value of each free unit over a split: for each hidden layer [P, F] float64.
+    def activities(self, features: Features) -> list[dict[str, Tensor]]:
+        """For each point, the mean post-activation value of each own unit over a split: for each group [F] float64.
 
-        Source: paper, section 3.2; mean absolute value for activations that can be negative is our choice.
+        Source: paper, section 3.2. That maps count by their mean, activations that can be negative by their absolute
+        value, and units that are seen at several nodes by the largest, is our choice.
         """
-        sums = [torch.zeros(self.num_points, free, dtype=torch.float64, device=self.device) for free in self._free]
-        for levels, labels in features.batches():
-            self.forward(levels)
-            for total, output in zip(sums, self._workspace(len(labels)).outputs, strict=True):
-                values = output if self._activation.non_negative else output.abs()
-                total += values.sum(2, dtype=torch.float64)
-        return [total / len(features) for total in sums]
+        watched = dict.fromkeys(name for names in self.graph.observed.values() for name in names)
+        found: list[dict[str, Tensor]] = []
+        with torch.no_grad():
+            for block in self.blocks:
+                sums: dict[str, Tensor] = {}
+                for levels, _ in features.batches():
+                    values = block.forward(levels, dtype=self.dtype, keep=True)
+                    for name in watched:
+                        if name in values:
+                            total = self._summed(block, self.graph.by_name[name], values[name])
+                            sums[name] = sums[name] + total if name in sums else total
+                found.extend(self._by_group(block, sums, len(features)))
+        return found
 
-    def finite(self, activities: Sequence[Tensor] = ()) -> list[bool]:
-        """For each point, whether all its parameters, and its units' activities [P, F], are finite."""
-        checks = [values.isfinite().flatten(1).all(1) for values in (*self.parameters, *activities)]
-        return torch.stack(checks).all(0).tolist()
+    def finite(self, activities: Sequence[Mapping[str, Tensor]] = ()) -> list[bool]:
+        """For each point, whether all its parameters, and its units' activities, are finite."""
+        checks = [
+            torch.stack([values.isfinite().flatten(1).all(1) for own in block.tensors.values() for values in own.values()])
+            for block in self.blocks
+        ]
+        finite = torch.cat([check.all(0) for check in checks]).tolist()
+        for position, seen in enumerate(activities):
+            finite[position] = finite[position] and all(bool(values.isfinite().all()) for values in seen.values())
+        return finite
 
-    def point(self, position: int, activities: list[Tensor]) -> FreeParameters:
+    def point(self, position: int, activities: Mapping[str, Tensor]) -> FreeParameters:
         """The parameters of the pack's point at `position`, on the CPU, with its units' activities."""
-        weights = (torch.cat([layer.shared[position], layer.own[position]], 1).cpu() for layer in self.layers)
-        return FreeParameters(
-            weights=tuple(weights),
-            biases=tuple(layer.bias[position].cpu().clone() for layer in self.layers),
-            head_weight=torch.cat([self.head.shared[position], self.head.own[position]], 1).cpu(),
-            head_bias=self.head.bias[position].cpu().clone() if self._head_has_bias else None,
-            activities=tuple(activity[position].cpu().clone() for activity in activities),
-        )
+        which = max(index for index, first in enumerate(self._first) if first <= position)
+        own = {
+            node: {name: tensor[position - self._first[which]].detach().cpu().clone() for name, tensor in each.items()}
+            for node, each in self.blocks[which].tensors.items()
+        }
+        cpu = {group: values.cpu() for group, values in activities.items()}
+        return FreeParameters(self.units[position], own, cpu)
 
-    def _head_level(self, levels: list[Tensor]) -> Tensor:
-        return levels[-1] if self._head_reads_frozen else levels[0][:, :0]
+    def _block(self, starts: Sequence[FreeParameters]) -> Block:
+        tensors: Parameters = {
+            node: {
+                name: torch.stack([start.tensors[node][name] for start in starts]).to(self.device, copy=True)
+                for name in each
+            }
+            for node, each in starts[0].tensors.items()
+        }
+        units = {group: len(units) for group, units in starts[0].units.items()}
+        block = Block(self.graph, units, tensors, self.state.architecture.head == "multi")
+        for tensor in self._trainable(block):
+            tensor.requires_grad_()
+            tensor.grad = torch.zeros_like(tensor)
+        return block
 
-    def _workspace(self, batch: int) -> _Workspace:
-        if batch not in self._workspaces:
+    def _trainable(self, block: Block) -> list[Tensor]:
+        bias_is_frozen = self.state.architecture.bias_rule == "frozen" and bool(self.state.heads)
+        return [
+            tensor
+            for node, own in block.tensors.items()
+            for name, tensor in own.items()
+            if name not in self.graph.by_name[node].op.STATISTICS
+            and not (bias_is_frozen and node == self.graph.head and name == "bias")
+        ]
 
-            def empty(width: int) -> Tensor:
-                return torch.empty(self.num_points, width, batch, device=self.device, dtype=self.dtype)
+    def _penalised(self, first: int, block: Block) -> Iterator[tuple[Tensor, Tensor]]:
+        """What the L1 term acts on: tensors [K, ...], and each point's coefficient [K, 1, ...]."""
+        for node, own in block.tensors.items():
+            for name, tensor in own.items():
+                if name.startswith("weight"):
+                    alpha = self._alphas[node]
+                elif name == "scale" and self._l1.scales:
+                    alpha = self._l1.scales * self._alphas[self.graph.normalised_layer(self.graph.by_name[node])]
+                else:
+                    continue
+                yield tensor, alpha[first : first + block.points].view(-1, *[1] * (tensor.ndim - 1))
 
-            self._workspaces[batch] = _Workspace(
-                [empty(free) for free in self._free], [empty(free) for free in self._free], empty(self.num_classes)
-            )
-        return self._workspaces[batch]
+    @torch.no_grad()
+    def _begin_gradients(self) -> None:
+        """Puts the L1 term's sub-gradient, alpha times the sign, into the buffers; zeros where there is none."""
+        for first, block in zip(self._first, self.blocks, strict=True):
+            penalised = {id(tensor): alpha for tensor, alpha in self._penalised(first, block)}
+            for tensor in self._trainable(block):
+                assert tensor.grad is not None
+                if self._l1.proximal or id(tensor) not in penalised:
+                    tensor.grad.zero_()
+                else:
+                    torch.sign(tensor, out=tensor.grad).mul_(penalised[id(tensor)])
+
+    def _summed(self, block: Block, node: Node, values: Tensor) -> Tensor:
+        """The sum of a batch's values [K, channels] of a node, in float64; the mean over positions and taps."""
+        values = values if self.graph.non_negative(node.name) else values.abs()
+        if values.ndim == 4:
+            total = values.sum((0, 2, 3), dtype=torch.float64) / math.prod(node.positions)
+        else:
+            total = values.sum(1, dtype=torch.float64).unflatten(0, (-1, node.taps)).mean(1)
+        return total.view(block.points, -1)
+
+    def _by_group(self, block: Block, sums: Mapping[str, Tensor], samples: int) -> list[dict[str, Tensor]]:
+        largest = {
+            group: torch.zeros(block.points, units, dtype=torch.float64, device=self.device)
+            for group, units in block.units.items()
+        }
+        for name, total in sums.items():
+            groups = [group for group in self.graph.by_name[name].groups if block.units.get(group)]
+            for group, seen in zip(groups, total.split([block.units[group] for group in groups], 1), strict=True):
+                if name in self.graph.observed[group]:
+                    largest[group] = torch.maximum(largest[group], seen / samples)
+        return [{group: values[point] for group, values in largest.items()} for point in range(block.points)]
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
+    """Each point's loss [K], summed over these samples, and the gradient [K, C, B] of its mean over a batch.
+
+    Args:
+        logits: [K, C, B].
+        labels: [B] int64.
+        batch_size: Of the batch that these samples are of.
+    """
+    # Written out: torch.log_softmax over ten classes is several times slower on a CPU than these elementwise passes.
+    shifted = logits.float() - logits.amax(1, keepdim=True).float()
+    target = labels.expand(len(logits), 1, -1)
+    at_target = shifted.gather(1, target)
+    exponential = shifted.exp_()
+    total = exponential.sum(1, keepdim=True)
+    loss = (total.log() - at_target).sum((1, 2))
+    grad = exponential.div_(total)
+    grad.scatter_add_(1, target, torch.full_like(at_target, -1.0))
+    return loss, grad.div_(batch_size).to(logits.dtype)
+
+
+def _can_learn(node: Node, free: Mapping[str, Tensor], head: str) -> bool:
+    """Whether a layer has weights from frozen units to something that is free."""
+    if node.groups == (CLASSES,):
+        return head == "multi"
+    return any(len(free[group]) for group in node.groups)
+
+
+def _free_part(state: State, initial: Parameters) -> FreeParameters:
+    """The free units' part of full-size parameters."""
+    graph, free, active, tensors = state.graph, state.free, state.active(), {}
+    single, nothing = state.architecture.head == "single", dict.fromkeys(free, torch.arange(0))
+    for node in graph.nodes:
+        if node.name not in initial:
+            continue
+        full = dict(initial[node.name])
+        if node.groups == (CLASSES,):
+            rule = state.architecture.bias_rule
+            if rule == "frozen" and state.heads:
+                full["bias"] = state.heads[0]["bias"]
+            if rule == "none":
+                full.pop("bias", None)
+        own = chosen(graph, node, full, free, free)
+        if isinstance(node.op, Reader):
+            frozen = nothing if single and node.groups == (CLASSES,) else active
+            own["weight.own"] = own.pop("weight")
+            own["weight.shared"] = chosen(graph, node, {"weight": full["weight"]}, free, frozen)["weight"]
+        tensors[node.name] = own
+    units = {group: free[group] for group in graph.groups}
+    return FreeParameters(units, tensors, {})
+
+
+def _point(tensor: Tensor, position: int) -> Tensor:
+    """One point's part of a tensor [K, ...], with its part of the gradient."""
+    part = tensor.detach()[position]
+    assert tensor.grad is not None
+    part.grad = tensor.grad[position]
+    return part
+
+
+def _rows(level: Tensor, index: Tensor | slice) -> Tensor:
+    """Some samples of a level, in the memory order that it has."""
+    if isinstance(index, slice):
+        return level[index]
+    if level.ndim == 4:
+        return level.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)
+    return level.index_select(0, index)
+
+
+def _channels_last(values: Tensor) -> Tensor:
+    return values.contiguous(memory_format=torch.channels_last) if values.ndim == 4 else values

@@ -1,30 +1,33 @@
 """The threshold scan: the highest theta whose pruned model stays inside the margin. Evaluation only, no training.
 
 Accuracy is not monotone in theta, so every distinct activity is tried, from the highest down, and the first that
-passes is the answer. Two observations make that cheap. Units sorted by activity turn every pruned model into a
-prefix of each layer, so models are slices, and the next one differs from the last by a few columns. And a theta is
-rejected, exactly, as soon as more samples are wrong than the margin allows; the samples that a recent model got most
-wrong say so at once. Only a theta that survives those few samples is evaluated on the whole split.
+passes is the answer. Two observations make that cheap. Units sorted by activity turn every pruned model into a prefix
+of each group, so models are slices, and what lies before the first group that gained a unit stays as it was. And a
+theta is rejected, exactly, as soon as more samples are wrong than the margin allows; the samples that a recent model got
+most wrong say so at once. Only a theta that survives those few samples is evaluated on the whole split.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from clnp_search.clnp.activations import ACTIVATIONS
-from clnp_search.clnp.pack import Trunk
-from clnp_search.clnp.state import FreeParameters, State
+from clnp_search.clnp.graph import Node
+from clnp_search.clnp.ops import Concat, Reader
+from clnp_search.clnp.pack import Block, Features, Trunk
+from clnp_search.clnp.state import FreeParameters, State, own_index
 from clnp_search.records import CurveStep, ScanRecord
 
 CURVE_STEPS = 16
 # A sample counts as wrong without a full evaluation only if its margin is below this share of the largest logit:
-# incremental sums round differently from a fresh evaluation, by about 1e-6.
+# a few samples round differently from a whole split, by about 1e-6.
 ROUNDING = 1e-4
+# Starts of the search for one theta a group, times the free units: all that pass in small networks, few in wide ones.
+STARTED_UNITS = 4096
 
 Counts = tuple[int, ...]
 
@@ -32,100 +35,135 @@ Counts = tuple[int, ...]
 class Candidate:
     """One trained point, ready to be evaluated at any threshold.
 
-    Its free units are sorted by falling activity, so that a model with `counts[l]` units of layer l keeps the
-    first ones of each layer.
+    Its free units are sorted by falling activity, so that a model with `counts[g]` units of group g keeps the first
+    ones of each group.
 
     Args:
         state: What the point was trained on.
         trained: The point's parameters and activities.
-        inputs: [N, in_features] of the validation split.
+        inputs: [N, ...] of the validation split, as the network takes samples.
         labels: [N] int64.
     """
 
-    def __init__(self, state: State, trained: FreeParameters, inputs: Tensor, labels: Tensor) -> None:
-        architecture = state.architecture
-        device = inputs.device
-        self.state, self.labels = state, labels
-        self._activation = ACTIVATIONS[architecture.activation]
-        trunk = Trunk(state, device)
-        self.frozen = tuple(len(layer.active(state.num_tasks)) for layer in state.layers)
-        self.activities = []
-        self._own: list[Tensor] = []
-        levels = trunk.split_levels(inputs)
-        self._base: list[Tensor] = []
-        below = torch.zeros(0, dtype=torch.int64)
-        for index, activity in enumerate(trained.activities):
-            order = torch.argsort(activity, descending=True, stable=True)
-            weight, bias = trained.weights[index][order].to(device), trained.biases[index][order].to(device)
-            self.activities.append(activity[order])
-            width = trunk.widths[index]
-            self._base.append(functional.linear(levels[index], weight[:, :width], bias))
-            self._own.append(weight[:, width:][:, below])
-            below = order
-        weight = trained.head_weight.to(device)
-        width = trunk.widths[-1] if architecture.head == "multi" else 0
-        bias = torch.zeros(len(weight)) if trained.head_bias is None else trained.head_bias
-        self._base.append(functional.linear(levels[-1][:, :width], weight[:, :width], bias.to(device)))
-        self._own.append(weight[:, width:][:, below])
-        # The first layer's outputs depend on no threshold.
-        self._first = self._activation.apply_(self._base[0])
+    def __init__(
+        self, state: State, trained: FreeParameters, inputs: Tensor, labels: Tensor, cache_bytes: int = 4 << 30
+    ) -> None:
+        graph, device = state.graph, inputs.device
+        self.state, self.graph, self.labels = state, graph, labels
+        self.groups = tuple(graph.groups)
+        order = {group: torch.argsort(trained.activities[group], descending=True, stable=True) for group in self.groups}
+        self.activities = [trained.activities[group][order[group]] for group in self.groups]
+        self.all: Counts = tuple(len(values) for values in self.activities)
+        sizes = dict(zip(self.groups, self.all, strict=True))
+        self._tensors: dict[str, dict[str, Tensor]] = {}
+        for node in graph.nodes:
+            if node.name in trained.tensors:
+                rows, columns = (own_index(each.groups, order, sizes) for each in (node, graph.source(node)))
+                is_head = node.name == graph.head
+                own = {name: part if is_head else part[rows] for name, part in trained.tensors[node.name].items()}
+                if "weight.own" in own:
+                    own["weight.own"] = own["weight.own"][:, columns]
+                self._tensors[node.name] = {name: part[None].to(device) for name, part in own.items()}
+        active = state.active()
+        self.frozen = tuple(len(active[group]) for group in self.groups)
+        self.features = Features(Trunk(state, device), inputs, labels, cache_bytes)
 
-    def logits(self, counts: Counts, samples: Tensor | slice = slice(None)) -> Tensor:
-        """Logits [S, C] of the model that keeps `counts[l]` free units of each layer, on some samples."""
-        return Grown(self, samples).advance(counts)
+    def model(self, counts: Counts) -> Block:
+        """The model that keeps the first `counts[g]` free units of each group."""
+        kept = dict(zip(self.groups, counts, strict=True))
+        sizes = dict(zip(self.groups, self.all, strict=True))
 
-    def num_correct(self, logits: Tensor) -> int:
+        def cut(tensor: Tensor, dim: int, groups: Sequence[str]) -> Tensor:
+            if len(groups) == 1:
+                return tensor.narrow(dim, 0, kept.get(groups[0], 0))  # a view
+            units = {group: torch.arange(kept[group]) for group in groups if group in kept}
+            return tensor.index_select(dim, own_index(tuple(groups), units, sizes).to(tensor.device))
+
+        tensors: dict[str, dict[str, Tensor]] = {}
+        for name, own in self._tensors.items():
+            node = self.graph.by_name[name]
+            parts = dict(own) if name == self.graph.head else {each: cut(own[each], 1, node.groups) for each in own}
+            if "weight.own" in parts:
+                parts["weight.own"] = cut(parts["weight.own"], 2, self.graph.source(node).groups)
+            tensors[name] = parts
+        return Block(self.graph, kept, tensors, self.state.architecture.head == "multi")
+
+    @torch.inference_mode()
+    def logits(self, counts: Counts) -> Tensor:
+        """Logits [N, C] of a model on the whole split."""
+        model, order = self.model(counts), self.graph.pooled_first
+        return torch.cat(
+            [model.logits(model.forward(levels, graph=order))[0].T for levels, _ in self.features.batches()]
+        )
+
+    def num_correct(self, counts: Counts | None = None) -> int:
+        """How many samples of the whole split a model gets right; by default, the one that keeps all units."""
+        return self.right(self.logits(self.all if counts is None else counts))
+
+    def right(self, logits: Tensor) -> int:
         """How many samples of the whole split these logits [N, C] get right."""
         return int((logits.argmax(1) == self.labels).sum())
 
     def counts(self, theta: Iterable[float]) -> Counts:
-        """Free units of each layer whose activity is strictly above its theta."""
+        """Free units of each group whose activity is strictly above its theta."""
         return tuple(int((values > limit).sum()) for values, limit in zip(self.activities, theta, strict=True))
 
 
 class Grown:
-    """A candidate's model on a few samples, while units are added to it.
+    """A candidate's model on a few samples, while its units change.
 
-    `advance` to larger counts adds the new units' columns to the pre-activations of the layer above; only layers
-    above that one are computed afresh.
+    What depends on no group that has changed is kept; what depends on no threshold at all is computed once, for all
+    units.
     """
 
+    @torch.inference_mode()
     def __init__(self, candidate: Candidate, samples: Tensor | slice) -> None:
-        self._first = candidate._first[samples]
-        self._base = [base[samples] for base in candidate._base[1:]]
-        self._own = candidate._own[1:]
-        self._apply = candidate._activation.function
-        self._counts: Counts = (0,) * len(candidate.activities)
-        # Only the head's columns exist from the start; those of a hidden layer are written as its units come.
-        self._sums = [torch.empty_like(base) for base in self._base[:-1]] + [self._base[-1].clone()]
+        self._candidate = candidate
+        self._levels, self.labels = candidate.features.batch(samples)
+        self._order = candidate.graph.pooled_first
+        self._counts: Counts | None = None
+        self._values: dict[str, Tensor] = {}
+        whole = candidate.model(candidate.all)
+        self._static: dict[str, Tensor] = {}
+        for node in self._order.nodes:
+            if self._is_static(node, whole):
+                values = whole.forward(self._levels, graph=self._order, values=self._static, keep=True, last=node.name)
+                self._static[node.name] = values[node.name]
 
+    @torch.inference_mode()
     def advance(self, counts: Counts) -> Tensor:
-        """Logits [S, C] of the model with `counts` free units in each layer; counts never shrink."""
-        num_classes = len(self._own[-1])
-        before, self._counts = (*self._counts, num_classes), counts
-        after = (*counts, num_classes)
-        below, rewritten = self._first[:, : counts[0]], False
-        for layer, (sums, base, weight) in enumerate(zip(self._sums, self._base, self._own, strict=True), start=1):
-            old, new, old_width, width = before[layer], after[layer], before[layer - 1], after[layer - 1]
-            if rewritten:
-                torch.addmm(base[:, :new], below, weight[:new, :width].T, out=sums[:, :new])
-            else:
-                if width > old_width and old:
-                    sums[:, :old].addmm_(below[:, old_width:], weight[:old, old_width:width].T)
-                if new > old:
-                    sums[:, old:new] = torch.addmm(base[:, old:new], below, weight[old:new, :width].T)
-                # Units that were here before have changed if the layer below has gained any.
-                rewritten = width > old_width and old > 0
-            if layer < len(self._sums):
-                below = self._apply(sums[:, :new])
-        return self._sums[-1]
+        """Logits [S, C] of the model with `counts` free units in each group."""
+        candidate, before = self._candidate, self._counts
+        changed = {
+            group
+            for index, group in enumerate(candidate.groups)
+            if before is None or before[index] != counts[index]
+        }
+        affected: set[str] = set()
+        for node in self._order.nodes:
+            if changed.intersection(node.groups) or affected.intersection(node.inputs):
+                affected.add(node.name)
+        model = candidate.model(counts)
+        values = {name: value for name, value in self._values.items() if name not in affected}
+        for name, value in self._static.items():
+            if width := model.width(self._order.by_name[name]):
+                values[name] = value.narrow(1 if value.ndim == 4 else 0, 0, width)
+        self._values, self._counts = model.forward(self._levels, graph=self._order, values=values, keep=True), counts
+        return model.logits(self._values)[0].T
+
+    def _is_static(self, node: Node, whole: Block) -> bool:
+        if not whole.width(node) or node.name == self._order.head or isinstance(node.op, Concat):
+            return False
+        if isinstance(node.op, Reader):
+            return not whole.width(self._order.source(node))
+        return len(node.groups) == 1 and all(name in self._static for name in node.inputs)
 
 
 def highest_passing(candidate: Candidate, path: list[Counts], min_correct: int) -> tuple[int, dict[int, int]]:
     """The first model on a path that gets at least `min_correct` samples right.
 
     Args:
-        path: Free units of each layer, growing from entry to entry.
+        path: Free units of each group, growing from entry to entry.
 
     Returns:
         Its position on the path (`len(path)` if none passes), and for each position that was evaluated on the whole
@@ -137,17 +175,16 @@ def highest_passing(candidate: Candidate, path: list[Counts], min_correct: int) 
     position = 0
     while position < len(path):
         logits = candidate.logits(path[position])
-        evaluated[position] = candidate.num_correct(logits)
+        evaluated[position] = candidate.right(logits)
         if evaluated[position] >= min_correct:
             return position, evaluated
         # The samples that are most wrong now will mostly be wrong in the next models too: a few more than the margin
         # allows are enough while most are wrong, and all that may turn near the threshold.
         num_hardest = allowed + 64 if total - evaluated[position] > 3 * allowed else 2 * allowed + 64
         hardest = _margins(logits, candidate.labels).topk(min(total, num_hardest), largest=False).indices
-        labels = candidate.labels[hardest]
         grown = Grown(candidate, hardest)
         for position in range(position + 1, len(path) + 1):  # noqa: B020
-            if position < len(path) and _clearly_wrong(grown.advance(path[position]), labels) <= allowed:
+            if position < len(path) and _clearly_wrong(grown.advance(path[position]), grown.labels) <= allowed:
                 break
     return position, evaluated
 
@@ -160,8 +197,9 @@ def scan(
     Args:
         point: The candidate's index in the grid.
         min_correct: Validation samples that the pruned model must get right.
-        rule: `global`: one theta for all layers. `per_layer`: from there, each layer's own theta is raised as
-            far as the others allow, from the last hidden layer to the first (our choice; the paper leaves it open).
+        rule: `global`: one theta for all groups. `per_layer`: one for each; the fewest units that are found by
+            raising one group's theta after another, from the last to the first and the other way, from global thetas
+            that pass (our choice; the paper leaves it open).
         curve_steps: Evenly spaced thresholds on the curve, besides all that the search evaluated.
     """
     started = time.perf_counter()
@@ -169,33 +207,62 @@ def scan(
     path = [candidate.counts([value] * len(candidate.activities)) for value in values]
     chosen, evaluated = highest_passing(candidate, path, min_correct)
     spaced = {round(step * (len(path) - 1) / max(1, curve_steps - 1)) for step in range(curve_steps)}
-    everything = Grown(candidate, slice(None))
     for position in sorted({*spaced, max(0, chosen - 1)} - evaluated.keys()):
-        evaluated[position] = candidate.num_correct(everything.advance(path[position]))
+        evaluated[position] = candidate.num_correct(path[position])
     depth = len(candidate.activities)
     steps = [((values[position],) * depth, path[position], correct) for position, correct in sorted(evaluated.items())]
     curve = tuple(_curve(candidate, steps))
     if chosen == len(path):
         return _record(candidate, point, None, path[-1], evaluated[len(path) - 1], curve, (), started)
-    theta, counts, correct = [values[chosen]] * depth, path[chosen], evaluated[chosen]
-    layer_curves: list[tuple[CurveStep, ...]] = [()] * depth
-    if rule == "per_layer":
-        for layer in reversed(range(depth)):
-            theta, counts, correct, layer_curves[layer] = _raise_layer(candidate, layer, theta, counts, min_correct)
-    return _record(candidate, point, tuple(theta), counts, correct, curve, tuple(layer_curves), started)
+    if rule == "global":
+        theta = (values[chosen],) * depth
+        return _record(candidate, point, theta, path[chosen], evaluated[chosen], curve, (), started)
+    raised = [
+        _raise_all(candidate, [values[start]] * depth, order, min_correct)
+        for start in _starts(candidate, path, chosen, evaluated, min_correct)
+        for order in (range(depth)[::-1], range(depth))
+    ]
+    best = min(raised, key=lambda each: (sum(each[1]), -each[2]))
+    return _record(candidate, point, tuple(best[0]), *best[1:3], curve, best[3], started)
 
 
-def _raise_layer(
-    candidate: Candidate, layer: int, theta: list[float], counts: Counts, min_correct: int
+Raised = tuple[list[float], Counts, int, tuple[tuple[CurveStep, ...], ...]]
+
+
+def _starts(
+    candidate: Candidate, path: list[Counts], chosen: int, evaluated: dict[int, int], min_correct: int
+) -> Iterator[int]:
+    """Positions of global thetas from which single ones are raised: the highest that passes, and lower ones."""
+    number = max(1, STARTED_UNITS // max(1, sum(candidate.all)))
+    lower = range(chosen, len(path))
+    spaced = {lower[round(step * (len(lower) - 1) / max(1, number - 1))] for step in range(number)}
+    for position in sorted(spaced | {chosen}):
+        correct = evaluated.get(position)
+        correct = candidate.num_correct(path[position]) if correct is None else correct
+        if correct >= min_correct:
+            yield position
+
+
+def _raise_all(candidate: Candidate, theta: list[float], order: Iterable[int], min_correct: int) -> Raised:
+    """Each group's theta raised as far as the others allow, one after another."""
+    curves: list[tuple[CurveStep, ...]] = [()] * len(theta)
+    counts, correct = candidate.counts(theta), 0
+    for group in order:
+        theta, counts, correct, curves[group] = _raise_one(candidate, group, theta, min_correct)
+    return theta, counts, correct, tuple(curves)
+
+
+def _raise_one(
+    candidate: Candidate, group: int, theta: list[float], min_correct: int
 ) -> tuple[list[float], Counts, int, tuple[CurveStep, ...]]:
-    """The highest theta of one layer that passes while the others keep theirs."""
-    values = candidate.activities[layer].unique().flip(0)
-    tried = [*values[values > theta[layer]].tolist(), theta[layer]]
-    thetas = [[*theta[:layer], value, *theta[layer + 1 :]] for value in tried]
+    """The highest theta of one group that passes while the others keep theirs."""
+    values = candidate.activities[group].unique().flip(0)
+    tried = [*values[values > theta[group]].tolist(), theta[group]]
+    thetas = [[*theta[:group], value, *theta[group + 1 :]] for value in tried]
     path = [candidate.counts(each) for each in thetas]
     chosen, evaluated = highest_passing(candidate, path, min_correct)
     for position in {max(0, chosen - 1)} - evaluated.keys():
-        evaluated[position] = candidate.num_correct(candidate.logits(path[position]))
+        evaluated[position] = candidate.num_correct(path[position])
     steps = [(tuple(thetas[position]), path[position], correct) for position, correct in sorted(evaluated.items())]
     return thetas[chosen], path[chosen], evaluated[chosen], tuple(_curve(candidate, steps))
 
@@ -219,18 +286,17 @@ def _record(
     layer_curves: tuple[tuple[CurveStep, ...], ...],
     started: float,
 ) -> ScanRecord:
-    architecture = candidate.state.architecture
-    active = _active(candidate, counts)
-    inputs = (architecture.in_features, *active[:-1])
-    used = sum(units * width for units, width in zip(active, inputs, strict=True))
-    weights = sum(units * width for units, width in zip(architecture.hidden, architecture.fan_in, strict=True))
+    active, totals = _active(candidate, counts), tuple(candidate.graph.groups.values())
+    used, weights = (
+        candidate.graph.hidden_weights(dict(zip(candidate.groups, units, strict=True))) for units in (active, totals)
+    )
     return ScanRecord(
         point=point,
         theta=theta,
         val_correct=correct,
         val_total=len(candidate.labels),
         active=active,
-        totals=architecture.hidden,
+        totals=totals,
         weight_sparsity=1.0 - used / weights,
         curve=curve,
         layer_curves=layer_curves,
@@ -240,7 +306,7 @@ def _record(
 
 def _margins(logits: Tensor, labels: Tensor) -> Tensor:
     """By how much each sample's true class leads the best other one [S]; negative where it is wrong."""
-    others = logits.scatter(1, labels[:, None], float("-inf")).amax(1)
+    others = logits.scatter(1, labels[:, None], -math.inf).amax(1)
     return logits.gather(1, labels[:, None])[:, 0] - others
 
 

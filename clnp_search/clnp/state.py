@@ -1,15 +1,17 @@
 """What a task sequence has committed: the frozen part of the network, task after task.
 
-A state holds full-size weight matrices in which only frozen entries differ from zero: the rows of active units, and
-in each row only the columns of units that were active at its commit. Free units have no parameters here; every new
-task draws fresh ones from the seed (`pack.py`). What a task computes is its `Subnetwork` (`subnetwork.py`).
+A state holds full-size tensors in which only frozen entries differ from zero: the rows of active units, and in each row
+only the columns of units that were active at its commit. Free units have no parameters here; every new task draws
+fresh ones (`initial.py`). What a task computes is its `Subnetwork` (`subnetwork.py`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import safetensors
@@ -17,38 +19,36 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-FREE = -1
-FORMAT = "clnp-state-1"
+from clnp_search.clnp.graph import CLASSES, INPUT, Graph, Node
+from clnp_search.clnp.ops import Reader
+
+FREE = 2**31 - 1  # later than any task: a unit is active for a task if it was born at or before it
+FORMAT = "clnp-state-2"
+
+Parameters = dict[str, dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A multilayer perceptron of fixed size and the kind of its output layer.
+    """A network of fixed size and the kind of its output layer.
 
     Args:
-        in_features: Inputs of the first layer, after flattening.
-        hidden: Units of each hidden layer.
-        activation: A key of `pack.ACTIVATIONS`.
         head: `multi` (an output layer for each task) or `single` (one for all tasks).
-        head_bias: Of a single head: `frozen` after the first task, `per_task`, or `none`.
-            A multi head always has a bias of its own.
+        head_bias: Of a single head: `frozen` after the first task, `per_task`, or `none`. A multi head has a bias of
+            its own, if the graph's head has one.
     """
 
-    in_features: int
-    hidden: tuple[int, ...]
-    activation: str = "relu"
+    graph: Graph
     head: str = "multi"
     head_bias: str = "frozen"
 
     @property
-    def layer_names(self) -> tuple[str, ...]:
-        """Names of the hidden layers, as files and tables show them."""
-        return tuple(f"hidden{index}" for index in range(len(self.hidden)))
-
-    @property
-    def fan_in(self) -> tuple[int, ...]:
-        """Inputs of each hidden layer."""
-        return (self.in_features, *self.hidden[:-1])
+    def bias_rule(self) -> str:
+        """How the head's bias lives: `per_task`, `frozen` after the first, or `none`."""
+        op = self.graph.by_name[self.graph.head].op
+        if not (isinstance(op, Reader) and op.bias):
+            return "none"
+        return self.head_bias if self.head == "single" else "per_task"
 
 
 @dataclass(frozen=True)
@@ -84,37 +84,28 @@ class TaskInfo:
     input_shape: tuple[int, ...]
     transform: InputTransform
 
+    def to_json(self) -> dict[str, Any]:
+        """As plain data, but for the permutation."""
+        return {
+            "name": self.name,
+            "num_classes": self.num_classes,
+            "input_shape": self.input_shape,
+            "mean": self.transform.mean,
+            "std": self.transform.std,
+        }
 
-@dataclass(frozen=True)
-class Layer:
-    """A hidden layer's frozen part.
+    @classmethod
+    def from_json(cls, data: Any, tensors: Mapping[str, Tensor], index: int) -> TaskInfo:
+        """What `to_json` gave, with its permutation from a state's tensors.
 
-    Args:
-        weight: [U, I], zero where free or cut.
-        bias: [U], zero where free.
-        born: [U] int64, the task that froze each unit, or FREE.
-    """
-
-    weight: Tensor
-    bias: Tensor
-    born: Tensor
-
-    def active(self, task: int) -> Tensor:
-        """Indices of the units that were active when `task` was committed."""
-        return torch.nonzero((self.born != FREE) & (self.born <= task)).flatten()
-
-    @property
-    def free(self) -> Tensor:
-        """Indices of the units that no task owns."""
-        return torch.nonzero(self.born == FREE).flatten()
-
-
-@dataclass(frozen=True)
-class Head:
-    """An output layer: weight [C, U] over the last hidden layer, and a bias [C] or None."""
-
-    weight: Tensor
-    bias: Tensor | None
+        Raises:
+            ValueError: The permutation is none.
+        """
+        permutation = tensors.get(f"task{index}/permutation")
+        if permutation is not None and not torch.equal(permutation.sort().values, torch.arange(len(permutation))):
+            raise ValueError(f"task {index}: its permutation names a value twice, or none")
+        transform = InputTransform(data["mean"], data["std"], permutation)
+        return cls(data["name"], data["num_classes"], tuple(data["input_shape"]), transform)
 
 
 @dataclass(frozen=True)
@@ -122,42 +113,73 @@ class State:
     """Everything that the tasks so far have committed.
 
     Args:
-        heads: One for each task. With a single head, all of them share one weight matrix.
+        born: For each group [U] int64, the task that froze each unit, or FREE.
+        tensors: For each hidden node, its parameters at full size, zero where free or cut.
+        heads: One for each task: `weight` [C, U, taps] over the units that the head reads, and perhaps `bias` [C].
+            With a single head, all of them share one weight.
         tasks: One for each committed task.
         parent: Digest of the state before the last task; empty for the state before the first.
     """
 
     architecture: Architecture
-    layers: tuple[Layer, ...]
-    heads: tuple[Head, ...] = ()
+    born: dict[str, Tensor]
+    tensors: Parameters
+    heads: tuple[dict[str, Tensor], ...] = ()
     tasks: tuple[TaskInfo, ...] = ()
     parent: str = ""
 
     @classmethod
     def empty(cls, architecture: Architecture) -> State:
         """The state before the first task: every unit is free."""
-        layers = tuple(
-            Layer(torch.zeros(units, inputs), torch.zeros(units), torch.full((units,), FREE))
-            for units, inputs in zip(architecture.hidden, architecture.fan_in, strict=True)
-        )
-        return cls(architecture, layers)
+        graph = architecture.graph
+        born = {group: torch.full((units,), FREE) for group, units in graph.groups.items()}
+        return cls(architecture, born, {node.name: _zeros(graph.shapes(node)) for node in _hidden(graph)})
+
+    @property
+    def graph(self) -> Graph:
+        """The network."""
+        return self.architecture.graph
 
     @property
     def num_tasks(self) -> int:
         """Tasks committed so far."""
         return len(self.tasks)
 
-    def visible(self, task: int) -> Tensor:
-        """Indices of the last hidden layer's units that `task`'s output layer reads.
+    def active(self, task: int | None = None) -> dict[str, Tensor]:
+        """For each group, the units that were active when `task` (by default the last) was committed; all inputs."""
+        last = self.num_tasks - 1 if task is None else task
+        active = {group: torch.nonzero(born <= last).flatten() for group, born in self.born.items()}
+        return {INPUT: torch.arange(self.graph.input_shape[0]), **active}
+
+    @property
+    def free(self) -> dict[str, Tensor]:
+        """For each group, the units that no task owns; of the inputs none."""
+        free = {group: torch.nonzero(born == FREE).flatten() for group, born in self.born.items()}
+        return {INPUT: torch.arange(0), **free}
+
+    def visible(self, task: int) -> dict[str, Tensor]:
+        """For each group, the units that `task`'s output layer reads.
 
         Multi-head: all that were active at its commit. Single head: those that it grew itself (paper, section 3.1).
         """
-        last = self.layers[-1]
         if self.architecture.head == "multi":
-            return last.active(task)
-        return torch.nonzero(last.born == task).flatten()
+            return self.active(task)
+        own = {group: torch.nonzero(born == task).flatten() for group, born in self.born.items()}
+        return {INPUT: torch.arange(0), **own}
 
-    @property
+    def used(self, task: int) -> dict[str, Tensor]:
+        """For each group, the units that `task` computes with: its active ones, but of what only its output layer
+        reads, those that this reads.
+        """
+        graph, units = self.graph, self.active(task)
+        readers = [node for node in graph.nodes if isinstance(node.op, Reader)]
+        elsewhere = {group for node in readers if node.name != graph.head for group in graph.source(node).groups}
+        visible = self.visible(task)
+        return {group: units[group] if group in elsewhere else visible[group] for group in units} | {
+            INPUT: units[INPUT]
+        }
+
+    @cached_property
     def digest(self) -> str:
         """SHA-256 of the state, its parent's digest included."""
         return tensors_digest(self._header(), self._tensors())
@@ -165,25 +187,57 @@ class State:
     def faults(self) -> list[str]:
         """What breaks the guarantee of zero forgetting in these tensors; empty if nothing does."""
         found = []
-        for index, layer in enumerate(self.layers):
-            name = self.architecture.layer_names[index]
-            if not (layer.weight.isfinite().all() and layer.bias.isfinite().all()):
-                found.append(f"{name}: a parameter is not finite")
-            below = torch.full((layer.weight.shape[1],), 0) if index == 0 else self.layers[index - 1].born
-            born = layer.born[:, None]
-            cut = (born == FREE) | (below[None, :] == FREE) | (below[None, :] > born)
-            if bool((layer.weight[cut] != 0).any()) or bool((layer.bias[layer.born == FREE] != 0).any()):
-                found.append(f"{name}: a weight that was cut, or that belongs to a free unit, is not zero")
+        for node in _hidden(self.graph):
+            row, column = self._born_of(node), self._born_of(self.graph.source(node))
+            for name, tensor in self.tensors[node.name].items():
+                cut = row == FREE
+                if name in node.op.MATRICES:
+                    cut = cut[:, None] | (column[None, :] > row[:, None])
+                if not tensor.isfinite().all():
+                    found.append(f"{node.name}.{name}: a value is not finite")
+                if bool((tensor[cut] != 0).any()):
+                    found.append(f"{node.name}.{name}: what was cut, or belongs to a free unit, is not zero")
+        groups = self.graph.source(self.graph.by_name[self.graph.head]).groups
         for task, head in enumerate(self.heads):
-            if not head.weight.isfinite().all() or (head.bias is not None and not head.bias.isfinite().all()):
-                found.append(f"head of task {task}: a parameter is not finite")
-            hidden_columns = torch.ones(head.weight.shape[1], dtype=torch.bool)
-            seen = range(self.num_tasks) if self.architecture.head == "single" else (task,)
-            for owner in seen:
-                hidden_columns[self.visible(owner)] = False
-            if bool((head.weight[:, hidden_columns] != 0).any()):
+            if not all(tensor.isfinite().all() for tensor in head.values()):
+                found.append(f"head of task {task}: a value is not finite")
+            unseen = torch.ones(head["weight"].shape[1], dtype=torch.bool)
+            for owner in range(self.num_tasks) if self.architecture.head == "single" else (task,):
+                unseen[self.graph.index(groups, self.visible(owner))] = False
+            if bool((head["weight"][:, unseen] != 0).any()):
                 found.append(f"head of task {task}: a column of a unit that it does not read is not zero")
         return found
+
+    def widened(self, units: Mapping[str, int]) -> State:
+        """The same state in a network with more units in some groups: the new ones are free, their weights zero.
+
+        No subnetwork changes, and so no digest of a task.
+        """
+        graph, inputs = self.graph.widened(units), torch.arange(self.graph.input_shape[0])
+        old = {INPUT: inputs, **{group: torch.arange(len(born)) for group, born in self.born.items()}}
+
+        def grown(node: Node, tensors: dict[str, Tensor], classes: int = 0) -> dict[str, Tensor]:
+            wide = _zeros(graph.shapes(node, classes))
+            rows = torch.arange(classes) if classes else graph.index(node.groups, old)
+            columns = graph.index(graph.source(node).groups, old)
+            for name, tensor in tensors.items():
+                if name in node.op.MATRICES:
+                    wide[name][rows[:, None], columns] = tensor
+                else:
+                    wide[name][rows] = tensor
+            return {name: wide[name] for name in tensors}
+
+        born = {group: torch.full((graph.groups[group],), FREE) for group in self.born}
+        for group, values in self.born.items():
+            born[group][: len(values)] = values
+        tensors = {node.name: grown(node, self.tensors[node.name]) for node in _hidden(graph)}
+        head = graph.by_name[graph.head]
+        heads = [grown(head, each, len(each["weight"])) for each in self.heads]
+        if self.architecture.head == "single":
+            heads = [each | {"weight": heads[0]["weight"]} for each in heads]
+        return replace(
+            self, architecture=replace(self.architecture, graph=graph), born=born, tensors=tensors, heads=tuple(heads)
+        )
 
     def to_bytes(self) -> bytes:
         """The state as a safetensors file."""
@@ -201,61 +255,66 @@ class State:
             header, tensors = read_safetensors(data, "state")
             if header["format"] != FORMAT:
                 raise ValueError(f"its format is {header['format']!r}, this version reads {FORMAT!r}")
-            raw = header["architecture"]
-            architecture = Architecture(**{**raw, "hidden": tuple(raw["hidden"])})
-            layers = tuple(
-                Layer(tensors[f"{name}.weight"], tensors[f"{name}.bias"], tensors[f"{name}.born"])
-                for name in architecture.layer_names
-            )
-            tasks = tuple(
-                TaskInfo(
-                    entry["name"],
-                    entry["num_classes"],
-                    tuple(entry["input_shape"]),
-                    InputTransform(entry["mean"], entry["std"], tensors.get(f"task{index}.permutation")),
-                )
-                for index, entry in enumerate(header["tasks"])
-            )
-            single = architecture.head == "single"
-            heads = tuple(
-                Head(
-                    tensors["head.weight" if single else f"head{index}.weight"],
-                    tensors.get(_bias_name(architecture, index)),
-                )
-                for index in range(len(tasks))
-            )
-            return cls(architecture, layers, heads, tasks, header["parent"])
-        except (KeyError, TypeError, safetensors.SafetensorError) as error:
-            raise ValueError(f"not a state file: {error}") from error
+            graph = Graph.from_json(header["graph"])
+            empty = cls.empty(Architecture(graph, header["head"], header["head_bias"]))
+            tasks = tuple(TaskInfo.from_json(entry, tensors, index) for index, entry in enumerate(header["tasks"]))
+            read = replace(empty, tasks=tasks, parent=header["parent"], heads=empty._empty_heads(tasks))
+            expected = read._tensors()
+            for name, tensor in expected.items():
+                if tensors[name].shape != tensor.shape or tensors[name].dtype != tensor.dtype:
+                    raise ValueError(f"{name} is of another shape or kind")
+            if tensors.keys() != expected.keys():
+                raise ValueError("it has tensors of no known name")
+            return read._with(tensors)
+        except (KeyError, TypeError, AttributeError, RuntimeError, safetensors.SafetensorError) as error:
+            raise ValueError(f"not a state file: {type(error).__name__}: {error}") from error
+
+    def _born_of(self, node: Node) -> Tensor:
+        """The birth of each of a node's units; samples were there before any task."""
+        before = torch.full((self.graph.input_shape[0],), -1)
+        return torch.cat([before if group == INPUT else self.born[group] for group in node.groups])
 
     def _header(self) -> dict[str, Any]:
+        architecture = self.architecture
         return {
             "format": FORMAT,
-            "architecture": asdict(self.architecture),
+            "graph": architecture.graph.to_json(),
+            "head": architecture.head,
+            "head_bias": architecture.head_bias,
             "parent": self.parent,
-            "tasks": [
-                {
-                    "name": info.name,
-                    "num_classes": info.num_classes,
-                    "input_shape": info.input_shape,
-                    "mean": info.transform.mean,
-                    "std": info.transform.std,
-                }
-                for info in self.tasks
-            ],
+            "tasks": [info.to_json() for info in self.tasks],
         }
 
     def _tensors(self) -> dict[str, Tensor]:
-        tensors: dict[str, Tensor] = {}
-        for name, layer in zip(self.architecture.layer_names, self.layers, strict=True):
-            tensors |= {f"{name}.weight": layer.weight, f"{name}.bias": layer.bias, f"{name}.born": layer.born}
+        tensors = {f"born/{group}": born for group, born in self.born.items()}
+        tensors |= flat(self.tensors)
         for index, (head, info) in enumerate(zip(self.heads, self.tasks, strict=True)):
-            tensors["head.weight" if self.architecture.head == "single" else f"head{index}.weight"] = head.weight
-            if head.bias is not None:
-                tensors[_bias_name(self.architecture, index)] = head.bias
+            tensors |= {self._head_name(index, name): tensor for name, tensor in head.items()}
             if info.transform.permutation is not None:
-                tensors[f"task{index}.permutation"] = info.transform.permutation
+                tensors[f"task{index}/permutation"] = info.transform.permutation
         return tensors
+
+    def _with(self, tensors: dict[str, Tensor]) -> State:
+        """This state with other values in its tensors."""
+        return replace(
+            self,
+            born={group: tensors[f"born/{group}"] for group in self.born},
+            tensors={node: {name: tensors[f"{node}/{name}"] for name in own} for node, own in self.tensors.items()},
+            heads=tuple(
+                {name: tensors[self._head_name(index, name)] for name in head} for index, head in enumerate(self.heads)
+            ),
+        )
+
+    def _empty_heads(self, tasks: tuple[TaskInfo, ...]) -> tuple[dict[str, Tensor], ...]:
+        head = self.graph.by_name[self.graph.head]
+        shapes = (self.graph.shapes(head, info.num_classes) for info in tasks)
+        wanted = ("weight",) if self.architecture.bias_rule == "none" else ("weight", "bias")
+        return tuple(_zeros({name: shape[name] for name in wanted}) for shape in shapes)
+
+    def _head_name(self, task: int, name: str) -> str:
+        single = self.architecture.head == "single"
+        shared = single and (name == "weight" or self.architecture.bias_rule == "frozen")
+        return f"heads/{name}" if shared else f"heads/{task}/{name}"
 
 
 @dataclass(frozen=True)
@@ -263,27 +322,22 @@ class FreeParameters:
     """One trained point's free parameters, seen from the state that it was trained on.
 
     Args:
-        weights: For each hidden layer [F, A + F'] (first layer: [F, in_features]): rows of its free units; columns
-            are the frozen units of the layer below in ascending order, then its free units.
-        biases: For each hidden layer [F].
-        head_weight: [C, A + F'] (multi) or [C, F'] (single), over the last hidden layer in the same order.
-        head_bias: [C] (where an earlier task froze it, that one), or None if the head has no bias.
-        activities: For each hidden layer [F] float64, the mean post-activation value over the training split.
+        units: For each group, its free units that have parameters here: all of them, or those that a round of
+            pruning has left.
+        tensors: For each node, the head included, its parameters for these units; a `weight` in two parts,
+            `weight.shared` [F, A, taps] over the frozen units that it reads (in the order of groups, ascending) and
+            `weight.own` [F, I, taps] over the free ones.
+        activities: For each group [F] float64, the mean post-activation value over the training split.
     """
 
-    weights: tuple[Tensor, ...]
-    biases: tuple[Tensor, ...]
-    head_weight: Tensor
-    head_bias: Tensor | None
-    activities: tuple[Tensor, ...]
+    units: dict[str, Tensor]
+    tensors: Parameters
+    activities: dict[str, Tensor]
 
     def to_bytes(self) -> bytes:
         """The parameters as a safetensors file."""
-        tensors = {"head.weight": self.head_weight}
-        if self.head_bias is not None:
-            tensors["head.bias"] = self.head_bias
-        for index, (weight, bias, activity) in enumerate(zip(self.weights, self.biases, self.activities, strict=True)):
-            tensors |= {f"{index}.weight": weight, f"{index}.bias": bias, f"{index}.activity": activity}
+        tensors = flat({"units": self.units, "activities": self.activities})
+        tensors |= {f"parameters/{name}": tensor for name, tensor in flat(self.tensors).items()}
         return safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()})
 
     @classmethod
@@ -294,22 +348,59 @@ class FreeParameters:
             ValueError: The bytes are no such file.
         """
         try:
-            tensors = _load(data)
-            depth = sum(name.endswith(".activity") for name in tensors)
-            if not depth:
-                raise KeyError("0.activity")
-            weights, biases, activities = (
-                tuple(tensors[f"{index}.{kind}"] for index in range(depth)) for kind in ("weight", "bias", "activity")
-            )
-            return cls(weights, biases, tensors["head.weight"], tensors.get("head.bias"), activities)
+            read: dict[str, dict[str, Tensor]] = {"units": {}, "activities": {}}
+            parameters: Parameters = {}
+            for name, tensor in sorted(_load(data).items()):
+                kind, _, rest = name.partition("/")
+                if kind == "parameters":
+                    node, _, parameter = rest.rpartition("/")
+                    parameters.setdefault(node, {})[parameter] = tensor
+                else:
+                    read[kind][rest] = tensor
+            if not parameters or read["units"].keys() != read["activities"].keys():
+                raise KeyError("parameters of a network")
+            return cls(read["units"], parameters, read["activities"])
         except (KeyError, safetensors.SafetensorError) as error:
             raise ValueError(f"not a trained point: {error}") from error
 
+    def kept(self, theta: Mapping[str, float]) -> dict[str, Tensor]:
+        """For each group, the positions among its units of those whose activity is strictly above its theta."""
+        return {group: torch.nonzero(values > theta[group]).flatten() for group, values in self.activities.items()}
 
-def commit(state: State, info: TaskInfo, trained: FreeParameters, theta: tuple[float, ...]) -> State:
+    def pruned(self, graph: Graph, theta: Mapping[str, float]) -> FreeParameters:
+        """What a threshold leaves of them."""
+        kept = self.kept(theta)
+        sizes = {group: len(units) for group, units in self.units.items()}
+        tensors = {}
+        for node in graph.nodes:
+            if node.name in self.tensors:
+                rows, columns = (own_index(each.groups, kept, sizes) for each in (node, graph.source(node)))
+                parts = self.tensors[node.name]
+                cut = dict(parts) if node.groups == (CLASSES,) else {name: part[rows] for name, part in parts.items()}
+                if "weight.own" in cut:
+                    cut["weight.own"] = cut["weight.own"][:, columns]
+                tensors[node.name] = cut
+        return FreeParameters(
+            {group: units[kept[group]] for group, units in self.units.items()},
+            tensors,
+            {group: values[kept[group]] for group, values in self.activities.items()},
+        )
+
+
+def own_index(groups: tuple[str, ...], kept: Mapping[str, Tensor], sizes: Mapping[str, int]) -> Tensor:
+    """Where kept units of each group stand among the own units of `groups`, of which there are `sizes` each."""
+    start, places = 0, [torch.arange(0)]
+    for group in groups:
+        if group in kept:
+            places.append(kept[group] + start)
+            start += sizes[group]
+    return torch.cat(places)
+
+
+def commit(state: State, info: TaskInfo, trained: FreeParameters, theta: Mapping[str, float]) -> State:
     """The state after one more task: units above the threshold frozen, all that they must not hear cut.
 
-    A free unit joins if its activity is strictly above its layer's theta; units frozen earlier stay. Weights from
+    A free unit joins if its activity is strictly above its group's theta; units frozen earlier stay. Weights from
     inactive units, and the head's columns of units that it must not read, are left at zero: nothing that belongs to
     a free unit is copied, so nothing of it can ever reach a committed task.
 
@@ -318,38 +409,64 @@ def commit(state: State, info: TaskInfo, trained: FreeParameters, theta: tuple[f
 
     Source: paper, section 3.2, "Partitioning the network".
     """
-    task = state.num_tasks
-    layers: list[Layer] = []
-    frozen_below = torch.arange(state.architecture.in_features)
-    grown_below = kept_below = torch.arange(0)
-    for index, layer in enumerate(state.layers):
-        free = layer.free
-        kept = torch.nonzero(trained.activities[index] > theta[index]).flatten()
-        grown = free[kept]
-        weight, bias, born = layer.weight.clone(), layer.bias.clone(), layer.born.clone()
-        rows = trained.weights[index][kept]
-        weight[grown[:, None], frozen_below] = rows[:, : len(frozen_below)]
-        weight[grown[:, None], grown_below] = rows[:, len(frozen_below) :][:, kept_below]
-        bias[grown] = trained.biases[index][kept]
-        born[grown] = task
-        layers.append(Layer(weight, bias, born))
-        frozen_below, grown_below, kept_below = layer.active(task), grown, kept
-    head_bias = trained.head_bias
-    if state.architecture.head == "single":
-        weight = state.heads[-1].weight.clone() if state.heads else torch.zeros(info.num_classes, len(born))
-        weight[:, grown_below] = trained.head_weight[:, kept_below]
-        if state.architecture.head_bias == "frozen" and state.heads:
-            head_bias = state.heads[0].bias
-        heads = (*(replace(head, weight=weight) for head in state.heads), Head(weight, head_bias))
-    else:
-        weight = torch.zeros(info.num_classes, len(born))
-        weight[:, frozen_below] = trained.head_weight[:, : len(frozen_below)]
-        weight[:, grown_below] = trained.head_weight[:, len(frozen_below) :][:, kept_below]
-        heads = (*state.heads, Head(weight, head_bias))
-    after = State(state.architecture, tuple(layers), heads, (*state.tasks, info), state.digest)
-    if faults := after.faults():
+    task, graph, before = state.num_tasks, state.graph, state.active()
+    joined = trained.pruned(graph, theta)
+    grown = {INPUT: torch.arange(0), **joined.units}
+    born = {group: values.clone() for group, values in state.born.items()}
+    for group, units in joined.units.items():
+        born[group][units] = task
+    tensors: Parameters = {}
+    for node in _hidden(graph):
+        rows, columns = graph.index(node.groups, grown), graph.source(node).groups
+        tensors[node.name] = after = {}
+        for name, tensor in state.tensors[node.name].items():
+            after[name] = full = tensor.clone()
+            if name in node.op.MATRICES:
+                parts = joined.tensors[node.name]
+                full[rows[:, None], graph.index(columns, before)] = parts[f"{name}.shared"]
+                full[rows[:, None], graph.index(columns, grown)] = parts[f"{name}.own"]
+            else:
+                full[rows] = joined.tensors[node.name][name]
+    committed = State(state.architecture, born, tensors, (), (*state.tasks, info), state.digest)
+    committed = replace(committed, heads=_heads(state, info, joined, before, grown))
+    if faults := committed.faults():
         raise ValueError(f"task {task} cannot be committed: " + "; ".join(faults))
-    return after
+    return committed
+
+
+def _heads(
+    state: State, info: TaskInfo, joined: FreeParameters, before: dict[str, Tensor], grown: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], ...]:
+    """The heads of all tasks, the new one's last."""
+    graph, single = state.graph, state.architecture.head == "single"
+    node, parts = graph.by_name[graph.head], joined.tensors[graph.head]
+    columns = graph.source(node).groups
+    head = state._empty_heads((info,))[0]
+    if single and state.heads:
+        head["weight"] = state.heads[-1]["weight"].clone()
+    head["weight"][:, graph.index(columns, grown)] = parts["weight.own"]
+    if not single:
+        head["weight"][:, graph.index(columns, before)] = parts["weight.shared"]
+    if "bias" in head:
+        head["bias"] = parts["bias"]
+        if state.architecture.bias_rule == "frozen" and state.heads:
+            head["bias"] = state.heads[0]["bias"]
+    earlier = ({**each, "weight": head["weight"]} if single else each for each in state.heads)
+    return (*earlier, head)
+
+
+def flat(tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Tensors by node and name as tensors by `node/name`."""
+    return {f"{node}/{name}": tensor for node, own in tensors.items() for name, tensor in own.items()}
+
+
+def _hidden(graph: Graph) -> list[Node]:
+    """The nodes that have parameters, but for the head."""
+    return [node for node in graph.nodes if node.groups != (CLASSES,) and graph.shapes(node)]
+
+
+def _zeros(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    return {name: torch.zeros(shape) for name, shape in shapes.items()}
 
 
 def tensors_digest(header: Any, tensors: dict[str, Tensor]) -> str:
@@ -377,8 +494,3 @@ def read_safetensors(data: bytes, key: str) -> tuple[Any, dict[str, Tensor]]:
     length = int.from_bytes(data[:8], "little")
     metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
     return json.loads(metadata[key]), tensors
-
-
-def _bias_name(architecture: Architecture, task: int) -> str:
-    shared = architecture.head == "single" and architecture.head_bias == "frozen"
-    return "head.bias" if shared else f"head{task}.bias"

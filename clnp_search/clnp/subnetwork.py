@@ -12,9 +12,9 @@ from collections.abc import Iterator
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from clnp_search.clnp.activations import ACTIVATIONS
+from clnp_search.clnp.graph import CLASSES, INPUT, chosen, compute
+from clnp_search.clnp.pack import evaluation_batch
 from clnp_search.clnp.state import State, tensors_digest
 
 EXPORT_SUFFIXES = (".safetensors", ".onnx", ".pt2")
@@ -40,53 +40,59 @@ class Subnetwork(nn.Module):
         super().__init__()
         if not 0 <= task < state.num_tasks:
             raise IndexError(f"task {task} is not committed: tasks are 0 to {state.num_tasks - 1}")
-        self.info = state.tasks[task]
-        self.activation = state.architecture.activation
-        self._activate = ACTIVATIONS[self.activation].function
+        self.info, self.graph = state.tasks[task], state.graph
         transform = self.info.transform
         self.register_buffer("mean", torch.tensor(transform.mean))
         self.register_buffer("std", torch.tensor(transform.std))
         self.register_buffer("permutation", transform.permutation)
-        layers, units, columns = [], [], torch.arange(state.architecture.in_features)
-        for index, layer in enumerate(state.layers):
-            last = index == len(state.layers) - 1
-            rows = state.visible(task) if last else layer.active(task)
-            layers.append(_Dense(layer.weight[rows][:, columns], layer.bias[rows]))
-            units.append(rows)
-            columns = rows
-        head = state.heads[task]
-        self.hidden = nn.ModuleList(layers)
-        self.head = _Dense(head.weight[:, columns], head.bias)
-        self.units = tuple(units)
+        self.units = state.used(task)
+        self.network = nn.Module()
+        self._layers: dict[str, nn.Module] = {}
+        for node in self.graph.nodes:
+            tensors = state.heads[task] if node.groups == (CLASSES,) else state.tensors.get(node.name, {})
+            if tensors:
+                cut = chosen(self.graph, node, tensors, self.units, self.units)
+                if node.groups == (CLASSES,):
+                    cut["weight"] = cut["weight"] * self._seen(state, task)[:, None]
+                self._layers[node.name] = _place(self.network, node.name, cut)
         self.eval()
 
     def forward(self, raw: Tensor) -> Tensor:
         """Logits [N, num_classes] of raw samples [N, *input_shape]."""
+        values = {INPUT: self.inputs(raw)}
+        for node in self.graph.nodes:
+            layer = self._layers.get(node.name)
+            tensors = dict(layer.named_buffers(recurse=False)) if layer is not None else {}
+            values[node.name] = compute(node, [values[name] for name in node.inputs], tensors, len(raw))
+        return values[self.graph.nodes[-1].name]
+
+    def inputs(self, raw: Tensor) -> Tensor:
+        """What the network sees of raw samples."""
         values = raw.flatten(1)
         if self.permutation is not None:
             values = values[:, self.permutation]
-        values = (values.to(torch.float32) - self.mean) / self.std
-        for layer in self.hidden:
-            values = self._activate(layer(values))
-        return self.head(values)
+        return (values.to(torch.float32) - self.mean) / self.std
 
     @property
     def digest(self) -> str:
-        """SHA-256 over weights, biases, masks (as unit indices) and the input transform."""
-        tensors = dict(self.state_dict())
-        tensors |= {f"units.{index}": units for index, units in enumerate(self.units)}
-        return tensors_digest({"activation": self.activation, "classes": self.info.num_classes}, tensors)
+        """SHA-256 over the graph's operations, weights, unit indices and the input transform."""
+        tensors = dict(self.state_dict()) | {f"units.{group}": units for group, units in self.units.items()}
+        header = {"nodes": self.graph.to_json()["nodes"], "classes": self.info.num_classes}
+        return tensors_digest(header, tensors)
 
-    def predictions(self, raw: Tensor, batch_size: int = 1000) -> Tensor:
+    def predictions(self, raw: Tensor) -> Tensor:
         """Predicted classes [N] int64 of raw samples [N, ...], in batches of one fixed size."""
+        size = evaluation_batch(self.graph)
         with torch.inference_mode():
-            return torch.cat(
-                [self(raw[start : start + batch_size]).argmax(1) for start in range(0, len(raw), batch_size)]
-            )
+            return torch.cat([self(part).argmax(1) for part in raw.split(size)])
+
+    def num_correct(self, raw: Tensor, labels: Tensor) -> int:
+        """How many of raw samples [N, ...] have their label [N] predicted."""
+        return int((self.predictions(raw) == labels).sum())
 
     def accuracy(self, raw: Tensor, labels: Tensor) -> float:
         """The fraction of raw samples [N, ...] whose label [N] is predicted."""
-        return (self.predictions(raw) == labels).sum().item() / len(labels)
+        return self.num_correct(raw, labels) / len(labels)
 
     def to_bytes(self, suffix: str) -> bytes:
         """The network as a file of one of `EXPORT_SUFFIXES`.
@@ -96,7 +102,7 @@ class Subnetwork(nn.Module):
             ModuleNotFoundError: ONNX was asked for and the `onnx` extra is not installed.
         """
         if suffix == ".safetensors":
-            meta = {"task": self.info.name, "activation": self.activation, "input_shape": self.info.input_shape}
+            meta = {"task": self.info.name, "graph": self.graph.to_json(), "input_shape": self.info.input_shape}
             tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
             return safetensors.torch.save(tensors, {"subnetwork": json.dumps(meta)})
         example = torch.zeros(2, *self.info.input_shape)
@@ -119,23 +125,25 @@ class Subnetwork(nn.Module):
             return program.model_proto.SerializeToString()
         raise ValueError(f"{suffix!r} is no export format; choose one of {', '.join(EXPORT_SUFFIXES)}")
 
+    def _seen(self, state: State, task: int) -> Tensor:
+        """Which of its columns the head reads [columns]: with a single head, not what other tasks grew."""
+        visible = state.visible(task)
+        groups = self.graph.source(self.graph.by_name[self.graph.head]).groups
+        return torch.cat([torch.isin(self.units[group], visible[group]) for group in groups])
+
 
 def subnetworks(state: State) -> Iterator[Subnetwork]:
     """The subnetworks of all committed tasks, in order."""
     return (Subnetwork(state, task) for task in range(state.num_tasks))
 
 
-class _Dense(nn.Module):
-    """A dense layer of given weights; unlike `nn.Linear` it draws none, and may have no unit."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__()
-        self.register_buffer("weight", weight.clone(memory_format=torch.contiguous_format))
-        self.register_buffer("bias", None if bias is None else bias.clone())
-
-    def forward(self, values: Tensor) -> Tensor:
-        """Outputs [N, O] of inputs [N, I]."""
-        return functional.linear(values, self.weight, self.bias)
+def _place(root: nn.Module, path: str, tensors: dict[str, Tensor]) -> nn.Module:
+    """Registers tensors as buffers of the module at a dotted path, which is made."""
+    module = root
+    for part in path.split("."):
+        if not hasattr(module, part):
+            module.add_module(part, nn.Module())
+        module = module.get_submodule(part)
+    for name, tensor in tensors.items():
+        module.register_buffer(name, tensor.clone(memory_format=torch.contiguous_format))
+    return module

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from clnp_search.clnp.optimizers import Optimizer
-from clnp_search.clnp.pack import Features, Pack
+from clnp_search.clnp.pack import L1, Features, Pack
 from clnp_search.clnp.seeds import generator
 from clnp_search.clnp.state import read_safetensors
 from clnp_search.records import Epoch
@@ -29,6 +29,8 @@ class TrainingSettings:
         schedule: `constant`, or `cosine` from the learning rate to zero, step by step.
         precision: Of the matrix products: `float32`; `tf32` (on GPUs that have it, else float32); `bf16`, with
             parameters, gradients' sums and the optimizer in float32.
+        l1: `subgradient` (the paper's) or `proximal`.
+        l1_scales: What multiplies alpha for the scales of normalisation layers.
     """
 
     epochs: int = 12
@@ -38,6 +40,13 @@ class TrainingSettings:
     weight_decay: float = 0.0
     momentum: float = 0.9
     precision: str = "float32"
+    l1: str = "subgradient"
+    l1_scales: float = 1.0
+
+    @property
+    def penalty(self) -> L1:
+        """How the L1 penalty acts."""
+        return L1(self.l1 == "proximal", self.l1_scales)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -50,7 +59,7 @@ class Training:
 
     Args:
         pack: The points.
-        learning_rates: One for each point; equal ones stand together.
+        learning_rates: One for each point.
         train: The training split.
         validation: The validation split.
         seed: Of the data order, which all points share.
@@ -94,12 +103,11 @@ class Training:
         losses = torch.zeros(self._pack.num_points, device=self._pack.device)
         factor = 1.0
         for step, index in enumerate(order.to(self._pack.device).split(self._settings.batch_size)):
-            factor = self._factor(self.epoch * self._steps_per_epoch + step)
-            levels, labels = self._train.batch(index)
-            loss, grad = cross_entropy(self._pack.forward(levels), labels)
-            self._pack.backward(levels, grad)
+            number = self.epoch * self._steps_per_epoch + step
+            factor = self._factor(number)
+            losses += self._pack.train_batch(self._train, index, seed=(self._seed + number) << 8)
             self._optimizer.step(factor)
-            losses += loss
+            self._pack.shrink([rate * factor for rate in self._learning_rates])
         accuracies = [correct / len(self.validation) for correct in self._pack.num_correct(self.validation)]
         rows = zip(self._learning_rates, losses.tolist(), accuracies, strict=True)
         seen = [Epoch(self.epoch, rate * factor, loss / len(self._train), value) for rate, loss, value in rows]
@@ -148,7 +156,7 @@ class Training:
     @property
     def _tensors(self) -> dict[str, Tensor]:
         """All that training changes."""
-        parameters = {f"parameter.{index}": tensor for index, tensor in enumerate(self._pack.parameters)}
+        parameters = {f"pack.{name}": tensor.detach() for name, tensor in self._pack.tensors.items()}
         return parameters | {f"optimizer.{name}": tensor for name, tensor in self._optimizer.tensors.items()}
 
     def _factor(self, step: int) -> float:
@@ -156,22 +164,3 @@ class Training:
         if self._settings.schedule == "constant":
             return 1.0
         return 0.5 * (1 + math.cos(math.pi * step / (self._settings.epochs * self._steps_per_epoch)))
-
-
-def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Each point's loss [P], summed over the batch, and the gradient [P, C, B] of its mean over the batch.
-
-    Args:
-        logits: [P, C, B].
-        labels: [B] int64.
-    """
-    # Written out: torch.log_softmax over ten classes is several times slower on a CPU than these elementwise passes.
-    shifted = logits.float() - logits.amax(1, keepdim=True).float()
-    target = labels.expand(len(logits), 1, -1)
-    at_target = shifted.gather(1, target)
-    exponential = shifted.exp_()
-    total = exponential.sum(1, keepdim=True)
-    loss = (total.log() - at_target).sum((1, 2))
-    grad = exponential.div_(total)
-    grad.scatter_add_(1, target, torch.full_like(at_target, -1.0))
-    return loss, grad.div_(len(labels)).to(logits.dtype)
