@@ -232,9 +232,12 @@ class Sweep(_Section):
 
     def architecture(self, in_features: int) -> Architecture:
         """The network for samples of `in_features` values."""
+        from clnp_search.clnp.graph import mlp
         from clnp_search.clnp.state import Architecture
 
-        return Architecture(in_features, self.network.hidden, self.network.activation, self.head.kind, self.head.bias)
+        has_bias = self.head.kind == "multi" or self.head.bias != "none"
+        graph = mlp(in_features, self.network.hidden, self.network.activation, has_bias)
+        return Architecture(graph, self.head.kind, self.head.bias)
 
     def layer_alphas(self, alpha: float | tuple[float, ...]) -> tuple[float, ...]:
         """An alpha of the grid as one value for each hidden layer and the head."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from clnp_search import selection
-from clnp_search.clnp.state import Architecture, State, commit
+from clnp_search.clnp.state import FREE, Architecture, State, commit
 from clnp_search.clnp.subnetwork import Subnetwork, subnetworks
 from clnp_search.config import Sweep
 from clnp_search.errors import InputError
@@ -176,9 +176,10 @@ class Runner:
         assert scan.theta is not None
         point = plan.points[choice.chosen]
         folder.write_selection(index, choice)
-        self._write_tables(index, records, scans, choice, state.architecture.layer_names)
+        self._write_tables(index, records, scans, choice, tuple(state.graph.groups))
         info = self._sequence.data(index).info
-        after = commit(state, info, folder.read_trained(index, point.name), scan.theta)
+        theta = dict(zip(state.graph.groups, scan.theta, strict=True))
+        after = commit(state, info, folder.read_trained(index, point.name), theta)
         folder.write_state(index, after)
         accuracies = tuple(test_accuracies(self._sequence, after))
         result = TaskResult(
@@ -327,7 +328,7 @@ class Runner:
         status: RunStatus = "running"
         if len(results) == len(self._sequence):
             status = "complete"
-        elif self._sweep.capacity.on_depletion == "stop" and any(len(layer.free) == 0 for layer in state.layers):
+        elif self._sweep.capacity.on_depletion == "stop" and any(len(state.free[group]) == 0 for group in state.born):
             status = "depleted"
         summary = self._summary(status, results, state)
         self._folder.write_summary(summary)
@@ -347,11 +348,11 @@ class Runner:
 
 
 def count_units(state: State) -> dict[str, Units]:
-    """Units of each hidden layer: all, active, grown by the last task, still free."""
+    """Units of each group: all, active, grown by the last task, still free."""
     counts = {}
-    for name, layer in zip(state.architecture.layer_names, state.layers, strict=True):
-        total, free = len(layer.born), len(layer.free)
-        counts[name] = Units(total, total - free, int((layer.born == state.num_tasks - 1).sum()), free)
+    for group, born in state.born.items():
+        total, free = len(born), int((born == FREE).sum())
+        counts[group] = Units(total, total - free, int((born == state.num_tasks - 1).sum()), free)
     return counts
 
 

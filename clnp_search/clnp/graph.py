@@ -111,10 +111,6 @@ class Graph:
             start += self.units([group])
         return torch.cat(places)
 
-    def segments(self, node: Node, units: Units) -> list[tuple[str, int]]:
-        """The groups of a node's channels, and how many of `units` each has."""
-        return [(group, len(units[group])) for group in node.groups]
-
     @cached_property
     def observed(self) -> dict[str, tuple[str, ...]]:
         """At which nodes each group's activity is seen: the outputs of its activations, before any pooling.
@@ -211,6 +207,11 @@ class Graph:
             rows, columns = (sum(counts[group] for group in each.groups) for each in (node, self.source(node)))
             found[name] = node.op.flop(rows, columns, self.source(node).taps, math.prod(node.positions))
         return found
+
+    def value_size(self, name: str, units: Mapping[str, int]) -> int:
+        """Numbers of a node's value of one sample, with so many units in each group."""
+        node = self.by_name[name]
+        return sum(units.get(group, 0) for group in node.groups) * node.taps * math.prod(node.positions)
 
     def hidden_weights(self, units: Mapping[str, int]) -> int:
         """Weights between so many units of each group, the samples' channels included and the head left out."""
@@ -513,7 +514,7 @@ def conv(
 def zenke(input_shape: tuple[int, ...], width: float = 1.0, head_bias: bool = True) -> Graph:
     """The network of Zenke, Poole and Ganguli (2017) for split CIFAR, every layer `width` times as wide."""
     narrow, wide, dense = (max(1, round(width * units)) for units in (32, 64, 512))
-    layers = [narrow, f"valid {narrow}", "pool", wide, f"valid {wide}", "pool"]
+    layers: list[int | str] = [narrow, f"valid {narrow}", "pool", wide, f"valid {wide}", "pool"]
     return conv(input_shape, layers, [dense], dropout=0.25, head_bias=head_bias)
 
 

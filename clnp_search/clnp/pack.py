@@ -27,6 +27,7 @@ from clnp_search.clnp.state import FreeParameters, Parameters, State
 CACHED_BYTES = 8 << 20
 EVALUATED_BYTES = 64 << 20
 LARGEST_BATCH = 1000
+CACHE_BYTES = 4 << 30  # frozen outputs of a split are kept if they fit into this
 
 Levels = Mapping[str, Tensor]
 
@@ -73,11 +74,8 @@ class Trunk:
     @property
     def level_size(self) -> int:
         """Numbers a sample in all levels but the input."""
-        nodes = [self.graph.by_name[name] for name in self.levels_read if name != INPUT]
-        return sum(
-            sum(units for _, units in self.graph.segments(node, self._active)) * node.taps * math.prod(node.positions)
-            for node in nodes
-        )
+        active = {group: len(units) for group, units in self._active.items()}
+        return sum(self.graph.value_size(name, active) for name in self.levels_read if name != INPUT)
 
 
 class Features:
@@ -275,7 +273,7 @@ class Pack:
         self._trained_order = self.graph.pooled_first
         self._random = any(isinstance(node.op, Dropout) and node.op.share for node in self.graph.nodes)
 
-    def features(self, inputs: Tensor, labels: Tensor, cache_bytes: int = 4 << 30) -> Features:
+    def features(self, inputs: Tensor, labels: Tensor, cache_bytes: int = CACHE_BYTES) -> Features:
         """A split of the task's data as this pack reads it: `inputs` [N, ...], `labels` [N]."""
         return Features(self.trunk, inputs.to(self.device), labels.to(self.device), cache_bytes, self.dtype)
 
@@ -378,7 +376,9 @@ class Pack:
     def finite(self, activities: Sequence[Mapping[str, Tensor]] = ()) -> list[bool]:
         """For each point, whether all its parameters, and its units' activities, are finite."""
         checks = [
-            torch.stack([values.isfinite().flatten(1).all(1) for own in block.tensors.values() for values in own.values()])
+            torch.stack(
+                [values.isfinite().flatten(1).all(1) for own in block.tensors.values() for values in own.values()]
+            )
             for block in self.blocks
         ]
         finite = torch.cat([check.all(0) for check in checks]).tolist()

@@ -3,8 +3,8 @@
 Accuracy is not monotone in theta, so every distinct activity is tried, from the highest down, and the first that
 passes is the answer. Two observations make that cheap. Units sorted by activity turn every pruned model into a prefix
 of each group, so models are slices, and what lies before the first group that gained a unit stays as it was. And a
-theta is rejected, exactly, as soon as more samples are wrong than the margin allows; the samples that a recent model got
-most wrong say so at once. Only a theta that survives those few samples is evaluated on the whole split.
+theta is rejected, exactly, as soon as more samples are wrong than the margin allows; the samples that a recent model
+got most wrong say so at once. Only a theta that survives those few samples is evaluated on the whole split.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from clnp_search.clnp.graph import Node
 from clnp_search.clnp.ops import Concat, Reader
-from clnp_search.clnp.pack import Block, Features, Trunk
+from clnp_search.clnp.pack import CACHE_BYTES, Block, Features, Trunk
 from clnp_search.clnp.state import FreeParameters, State, own_index
 from clnp_search.records import CurveStep, ScanRecord
 
@@ -46,7 +46,7 @@ class Candidate:
     """
 
     def __init__(
-        self, state: State, trained: FreeParameters, inputs: Tensor, labels: Tensor, cache_bytes: int = 4 << 30
+        self, state: State, trained: FreeParameters, inputs: Tensor, labels: Tensor, cache_bytes: int = CACHE_BYTES
     ) -> None:
         graph, device = state.graph, inputs.device
         self.state, self.graph, self.labels = state, graph, labels
@@ -135,9 +135,7 @@ class Grown:
         """Logits [S, C] of the model with `counts` free units in each group."""
         candidate, before = self._candidate, self._counts
         changed = {
-            group
-            for index, group in enumerate(candidate.groups)
-            if before is None or before[index] != counts[index]
+            group for index, group in enumerate(candidate.groups) if before is None or before[index] != counts[index]
         }
         affected: set[str] = set()
         for node in self._order.nodes:

@@ -9,6 +9,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from clnp_search.clnp.graph import INPUT, Graph
+from clnp_search.clnp.pack import CACHE_BYTES, LARGEST_BATCH, evaluation_batch, microbatch
 from clnp_search.clnp.state import State
 from clnp_search.clnp.training import TrainingSettings
 from clnp_search.config import Sweep
@@ -71,24 +73,44 @@ def estimate_memory(
     """What a pack on top of `state` needs, from its shapes.
 
     Each free parameter is held four times (value, gradient, two moments), and three times more while a checkpoint is
-    written; bf16 adds half-width copies of weights and gradients.
+    written; bf16 adds half-width copies of weights and gradients. Maps are held from the forward to the backward pass.
     """
-    architecture = state.architecture
-    frozen = [len(layer.active(state.num_tasks)) for layer in state.layers]
-    free = [len(layer.free) for layer in state.layers]
-    if architecture.head == "single":
-        frozen[-1] = 0
-    inputs = [architecture.in_features, *(a + f for a, f in zip(frozen, free, strict=True))]
-    parameters = sum(units * width for units, width in zip((*free, num_classes), inputs, strict=True))
+    graph, head = state.graph, state.architecture.head
+    free = {group: len(units) for group, units in state.free.items()}
+    active = {group: len(units) for group, units in state.active().items()}
+    parameters = trained_parameters(graph, active, free, num_classes, head)
     width = 2 if settings.precision == "bf16" else 4
-    samples = num_train + num_validation
+    samples, features = num_train + num_validation, math.prod(graph.input_shape)
+    levels = 0
+    for name in {graph.source(graph.by_name[layer]).name for layer in graph.layers} - {INPUT}:
+        if name != graph.source(graph.by_name[graph.head]).name or head == "multi":
+            levels += graph.value_size(name, active)
+    cached = samples * width * levels
     # Inputs are held in float32; what they are made from takes as much. Frozen outputs are cached beside them.
-    fixed = PROCESS_BYTES + samples * (2 * 4 * architecture.in_features + width * sum(frozen))
+    fixed = PROCESS_BYTES + samples * 2 * 4 * features + (cached if cached <= CACHE_BYTES else 0)
     if width == 2:
-        fixed += samples * width * architecture.in_features
-    rows = 2 * settings.batch_size + 1000
-    per_point = 1 + parameters * (16 + 12 + (6 if width == 2 else 0)) + rows * width * sum(free)
+        fixed += samples * width * features
+    values = sum(graph.value_size(node.name, free) for node in graph.nodes)
+    together = microbatch(graph, settings.batch_size) * 2 * values
+    if graph.is_dense:
+        together = (2 * settings.batch_size + LARGEST_BATCH) * values // 2
+    else:  # a point at a time
+        fixed += width * max(together, evaluation_batch(graph) * 2 * graph.largest_value)
+        together = 0
+    per_point = 1 + parameters * (16 + 12 + (6 if width == 2 else 0)) + width * together
     return MemoryEstimate(fixed, per_point)
+
+
+def trained_parameters(graph: Graph, active: dict[str, int], free: dict[str, int], num_classes: int, head: str) -> int:
+    """Parameters that a point of a task trains."""
+    total = 0
+    for node in graph.nodes:
+        source = graph.source(node)
+        is_head = node.name == graph.head
+        rows = num_classes if is_head else sum(free[group] for group in node.groups)
+        columns = sum(free[group] + (0 if is_head and head == "single" else active[group]) for group in source.groups)
+        total += sum(math.prod(shape) for shape in node.op.shapes(rows, columns, source.taps).values())
+    return total
 
 
 def pack_points(points: Sequence[Point], points_per_trial: int) -> tuple[tuple[int, ...], ...]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from clnp_search.clnp.initial import draw
 from clnp_search.clnp.pack import Features, Pack
 from clnp_search.clnp.scan import Candidate, scan
 from clnp_search.clnp.state import State
@@ -121,8 +122,15 @@ def _train(inputs: TaskInputs, points: Sequence[Point], notes: tuple[str, ...]) 
         if training.finished or time.perf_counter() - reported > REPORT_EVERY_S:
             yield training
             reported = time.perf_counter()
-    activities, correct = pack.activities(train), pack.num_correct(training.validation)
+    activities = pack.activities(train)
     finite = pack.finite(activities)
+    # As the scan counts, in float32 whatever the precision of the training, so that both are held to one limit.
+    validation = _validation(inputs, pack.device)
+    trained = [pack.point(position, each) for position, each in enumerate(activities)]
+    correct = [
+        Candidate(inputs.state, each, *validation).num_correct() if usable else 0
+        for each, usable in zip(trained, finite, strict=True)
+    ]
     seconds = (time.perf_counter() - started) / len(points)
     for position, point in enumerate(points):
         if point not in missing:
@@ -138,7 +146,7 @@ def _train(inputs: TaskInputs, points: Sequence[Point], notes: tuple[str, ...]) 
             notes=notes,
         )
         if finite[position]:
-            folder.write_point(task, record, pack.point(position, activities))
+            folder.write_point(task, record, trained[position])
         else:
             reason = "diverged: a parameter or an activity is not finite"
             folder.write_point(task, replace(record, status="failed", val_correct=0, reason=reason), None)
@@ -151,7 +159,8 @@ def _begin(inputs: TaskInputs, points: Sequence[Point]) -> tuple[Pack, Training,
     device = _prepare(inputs.plan, settings)
     data = inputs.data()
     alphas, rates = [point.alpha for point in points], [point.learning_rate for point in points]
-    pack = Pack(inputs.state, data.info.num_classes, alphas, seed, device, settings.dtype)
+    initial = draw(inputs.state, data.info.num_classes, seed)
+    pack = Pack(inputs.state, data.info.num_classes, alphas, initial, device, settings.dtype, settings.penalty)
     train, validation = (
         pack.features(data.info.transform(split.inputs.to(device)), split.labels)
         for split in (data.train, data.validation)
@@ -162,11 +171,14 @@ def _begin(inputs: TaskInputs, points: Sequence[Point]) -> tuple[Pack, Training,
 def scan_point(inputs: TaskInputs, point: Point, min_correct: int, rule: str) -> ScanRecord:
     """The threshold scan of a finished point."""
     device = _prepare(inputs.plan, inputs.run.settings)
-    data = inputs.data()
     trained = RunFolder(inputs.run.folder).read_trained(inputs.plan.task, point.name)
-    values = data.info.transform(data.validation.inputs.to(device))
-    candidate = Candidate(inputs.state, trained, values, data.validation.labels.to(device))
-    return scan(candidate, point.index, min_correct, rule)
+    return scan(Candidate(inputs.state, trained, *_validation(inputs, device)), point.index, min_correct, rule)
+
+
+def _validation(inputs: TaskInputs, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """The validation split, as the network takes samples, and its labels."""
+    data = inputs.data()
+    return data.info.transform(data.validation.inputs.to(device)), data.validation.labels.to(device)
 
 
 def _prepare(plan: TaskPlan, settings: TrainingSettings) -> torch.device:

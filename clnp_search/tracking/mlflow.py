@@ -49,7 +49,7 @@ class MlflowTracker:
 
     def __init__(self, folder: RunFolder, sweep: Sweep) -> None:
         self._folder, self._sweep = folder, sweep
-        self._layers = sweep.architecture(in_features=1).layer_names
+        self._layers = tuple(sweep.architecture(in_features=1).graph.groups)
         self._store: _Store | None = None
 
     def sync(self, summary: Summary | None = None) -> None:
