@@ -10,6 +10,7 @@ from builders import make_sweep
 
 from clnp_search.config import Sweep, load_sweep, parse_sweep
 from clnp_search.errors import InputError
+from clnp_search.tasks import SCENARIOS
 
 SMALLEST = "scenario: {name: permuted_digits}\nnetwork: {hidden: [4, 4]}\n"
 
@@ -143,8 +144,10 @@ sed: 3
 
 def test_a_fault_names_its_value_and_what_is_allowed(tmp_path: Path) -> None:
     lines = faults(tmp_path, SMALLEST.replace("permuted_digits", "permuted_digit"))
-    expected = "scenario.name: 'permuted_digit': allowed: permuted_digits, permuted_mnist, split_digits, split_mnist"
-    assert lines[1] == f"{expected}; did you mean 'permuted_digits'?"
+    allowed = (*SCENARIOS, "torchvision:NAME", "package.module:function")
+    assert lines[1] == (
+        f"scenario.name: 'permuted_digit': allowed: {', '.join(allowed)}; did you mean 'permuted_digits'?"
+    )
 
 
 @pytest.mark.parametrize(
@@ -319,6 +322,7 @@ def test_a_difference_names_the_key_and_both_values() -> None:
         {"storage": "elsewhere"},
         {"tracking": {"uri": "none"}},
         {"resources": {"cpu": 2}},
+        {"modules": "elsewhere"},
         {"scenario": {"name": "permuted_digits", "tasks": 2, "root": "elsewhere"}},
     ],
 )
@@ -327,5 +331,10 @@ def test_where_and_how_a_sweep_runs_is_no_difference(sections: dict[str, Any]) -
 
 
 def test_plain_data_give_the_same_sweep_as_a_file(tmp_path: Path) -> None:
-    raw = {"name": "sweep", "scenario": {"name": "permuted_digits"}, "network": {"hidden": [4, 4]}}
+    raw = {
+        "name": "sweep",
+        "modules": str(tmp_path),
+        "scenario": {"name": "permuted_digits"},
+        "network": {"hidden": [4, 4]},
+    }
     assert parse_sweep(raw, "test") == load_sweep(written(tmp_path, SMALLEST))

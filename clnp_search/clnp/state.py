@@ -53,22 +53,28 @@ class Architecture:
 
 @dataclass(frozen=True)
 class InputTransform:
-    """How a task sees a raw sample: flatten, subtract `mean`, divide by `std`, then take features in order.
+    """How a task sees a raw sample: subtract `mean` and divide by `std`, channel by channel, then take values in order.
 
     Args:
-        permutation: [in_features] source feature of each input, or None for the natural order.
+        mean: Of each channel of a raw sample; one value where it has none.
+        std: Likewise.
+        shape: Of one input: (values,) for a network that sees flat samples, else (C, H, W).
+        permutation: [values] source of each value of the flattened sample, or None for the natural order.
     """
 
-    mean: float
-    std: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    shape: tuple[int, ...]
     permutation: Tensor | None = None
 
     def __call__(self, raw: Tensor) -> Tensor:
-        """The float32 inputs [N, in_features] of raw samples [N, ...]."""
-        flat = raw.reshape(raw.shape[0], -1)
+        """The float32 inputs [N, *shape] of raw samples [N, ...]."""
+        mean, std = (torch.tensor(values, device=raw.device)[:, None] for values in (self.mean, self.std))
+        channels = raw.reshape(raw.shape[0], len(self.mean), -1)
+        values = channels.to(torch.float32, copy=True).sub_(mean).div_(std).flatten(1)
         if self.permutation is not None:
-            flat = flat[:, self.permutation.to(flat.device)]
-        return flat.to(torch.float32, copy=True).sub_(self.mean).div_(self.std)
+            values = values[:, self.permutation.to(raw.device)]
+        return values.reshape(-1, *self.shape)
 
 
 @dataclass(frozen=True)
@@ -212,7 +218,12 @@ class State:
                     entry["name"],
                     entry["num_classes"],
                     tuple(entry["input_shape"]),
-                    InputTransform(entry["mean"], entry["std"], tensors.get(f"task{index}.permutation")),
+                    InputTransform(
+                        tuple(entry["mean"]),
+                        tuple(entry["std"]),
+                        tuple(entry["shape"]),
+                        tensors.get(f"task{index}.permutation"),
+                    ),
                 )
                 for index, entry in enumerate(header["tasks"])
             )
@@ -240,6 +251,7 @@ class State:
                     "input_shape": info.input_shape,
                     "mean": info.transform.mean,
                     "std": info.transform.std,
+                    "shape": info.transform.shape,
                 }
                 for info in self.tasks
             ],

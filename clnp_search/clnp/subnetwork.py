@@ -44,8 +44,8 @@ class Subnetwork(nn.Module):
         self.activation = state.architecture.activation
         self._activate = ACTIVATIONS[self.activation].function
         transform = self.info.transform
-        self.register_buffer("mean", torch.tensor(transform.mean))
-        self.register_buffer("std", torch.tensor(transform.std))
+        self.register_buffer("mean", torch.tensor(transform.mean)[:, None])
+        self.register_buffer("std", torch.tensor(transform.std)[:, None])
         self.register_buffer("permutation", transform.permutation)
         layers, units, columns = [], [], torch.arange(state.architecture.in_features)
         for index, layer in enumerate(state.layers):
@@ -62,10 +62,10 @@ class Subnetwork(nn.Module):
 
     def forward(self, raw: Tensor) -> Tensor:
         """Logits [N, num_classes] of raw samples [N, *input_shape]."""
-        values = raw.flatten(1)
+        channels = raw.reshape(raw.shape[0], len(self.mean), -1)
+        values = ((channels.to(torch.float32) - self.mean) / self.std).flatten(1)
         if self.permutation is not None:
             values = values[:, self.permutation]
-        values = (values.to(torch.float32) - self.mean) / self.std
         for layer in self.hidden:
             values = self._activate(layer(values))
         return self.head(values)

@@ -16,7 +16,7 @@ from clnp_search.clnp.training import Training, TrainingSettings
 from clnp_search.records import Point, PointRecord, ScanRecord, TaskPlan
 from clnp_search.search.points import pack_name
 from clnp_search.storage import RunFolder
-from clnp_search.tasks import RawData, Task, TaskData
+from clnp_search.tasks import Scenario, TaskData
 
 CHECKPOINT_EVERY_S = 20.0
 REPORT_EVERY_S = 0.5
@@ -27,10 +27,7 @@ class RunInputs:
     """What the trials and scans of all tasks read; travels once, through Ray's object store."""
 
     folder: str
-    raw: RawData
-    tasks: tuple[Task, ...]
-    validation: int
-    scaling: str
+    scenario: Scenario
     settings: TrainingSettings
     seed: int
 
@@ -45,8 +42,7 @@ class TaskInputs:
 
     def data(self) -> TaskData:
         """The task's samples."""
-        run = self.run
-        return run.tasks[self.plan.task].data(run.raw, run.validation, run.scaling, run.seed)
+        return self.run.scenario.data(self.plan.task)
 
 
 def run_pack(inputs: TaskInputs, points: Sequence[Point]) -> Iterator[Training]:
