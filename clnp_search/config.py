@@ -470,7 +470,7 @@ def _scenario_faults(scenario: dict[str, Any], kind: Kind, network: Any) -> Iter
     if isinstance(augment, dict) and any(augment.values()):
         if kind.permuted:
             yield f"scenario.augment: the images of {name} are permuted, and cannot be moved or mirrored"
-        if isinstance(network, dict) and network.get("name", "mlp") == "mlp":
+        elif isinstance(network, dict) and network.get("name", "mlp") == "mlp":
             yield "scenario.augment: an mlp sees flat samples; allowed: a network that sees images"
 
 

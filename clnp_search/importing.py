@@ -42,7 +42,8 @@ def imported(key: str, path: str, folder: Path) -> Iterator[Any]:
             found = getattr(found, part)
         yield found
     finally:
-        sys.path.remove(place)
+        if place in sys.path:
+            sys.path.remove(place)
 
 
 def _module(key: str, path: str, name: str, place: str) -> Any:
