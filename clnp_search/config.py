@@ -21,14 +21,16 @@ from pydantic import (
     FiniteFloat,
     PositiveInt,
     ValidationError,
+    WithJsonSchema,
     model_validator,
 )
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from clnp_search.errors import InputError
+from clnp_search.importing import IMPORT_PATH
 from clnp_search.storage import NAME_PATTERN, RunFolder
-from clnp_search.tasks import SCENARIOS
+from clnp_search.tasks import SCENARIOS, Kind, Scenario, Wanted, kind_of
 
 if TYPE_CHECKING:
     from clnp_search.clnp.state import Architecture
@@ -57,19 +59,28 @@ def _check_alpha(value: Any) -> Any:
     return float(value) if not isinstance(value, list | tuple) else tuple(float(each) for each in value)
 
 
+def _parse_validation(value: Any) -> Any:
+    if isinstance(value, str) and value.strip().endswith("%"):
+        try:
+            value = float(value.strip().removesuffix("%")) / 100
+        except ValueError:
+            value = None
+    whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    if not whole and not (isinstance(value, float) and 0 < value < 1):
+        raise ValueError("write a number of samples, 1 or more, or a share of them such as 10% or 0.1")
+    return value
+
+
+def _check_scenario(name: str) -> str:
+    if kind_of(name) is None:
+        close = difflib.get_close_matches(name, SCENARIOS, 1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"allowed: {', '.join(SCENARIOS)}, torchvision:NAME, package.module:function{hint}")
+    return name
+
+
 def _as_list(value: Any) -> Any:
     return value if isinstance(value, list | tuple) else [value]
-
-
-def _one_of(allowed: Mapping[str, object]) -> AfterValidator:
-    def check(value: str) -> str:
-        if value not in allowed:
-            close = difflib.get_close_matches(value, allowed, 1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"allowed: {', '.join(allowed)}{hint}")
-        return value
-
-    return AfterValidator(check)
 
 
 Margin = Annotated[float, BeforeValidator(_parse_margin), Field(ge=0, lt=1)]
@@ -77,32 +88,83 @@ NonNegative = Annotated[FiniteFloat, Field(ge=0)]
 Positive = Annotated[FiniteFloat, Field(gt=0)]
 Alpha = Annotated[float | tuple[float, ...], BeforeValidator(_check_alpha)]
 Grid = BeforeValidator(_as_list)
+ScenarioName = Annotated[
+    str,
+    AfterValidator(_check_scenario),
+    WithJsonSchema({"anyOf": [{"enum": list(SCENARIOS)}, {"type": "string", "pattern": f"^{IMPORT_PATH}$"}]}),
+]
+Validation = Annotated[
+    int | float,
+    BeforeValidator(_parse_validation),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "integer", "minimum": 1},
+                {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1},
+                {"type": "string", "pattern": r"^\s*[0-9.]+\s*%\s*$"},
+            ]
+        }
+    ),
+]
+ClassName = Annotated[str, BeforeValidator(str), WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "integer"}]})]
+ClassNames = Annotated[tuple[ClassName, ...], Field(min_length=1)]
 
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
+class AugmentConfig(_Section):
+    """Random changes of training images, in training batches only, the same for all points of a pack."""
+
+    crop: Annotated[int, Field(ge=0)] = 0
+    """Move each image by up to so many pixels in each direction; zeros move in."""
+    flip: bool = False
+    """Mirror half of the images, left to right."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Of `clnp.augment.augment`; empty if nothing is changed."""
+        return self.model_dump() if self.crop or self.flip else {}
+
+
 class ScenarioConfig(_Section):
     """The sequence of tasks."""
 
-    name: Annotated[str, _one_of(SCENARIOS)]
-    """Which scenario: permuted_digits, permuted_mnist, split_digits, split_mnist."""
-    tasks: PositiveInt = 5
-    """Number of tasks. Default: 10 for permuted_mnist, else 5."""
-    validation: PositiveInt = 300
-    """Samples held out of the training set to choose by. Default: by scenario (10000 for permuted_mnist)."""
+    name: ScenarioName
+    """Which scenario: permuted_digits, permuted_mnist, split_digits, split_mnist;
+    split_cifar (CIFAR-10, then CIFAR-100 ten classes at a time);
+    class_folders (images in train/CLASS/ and test/CLASS/ of a folder or zip);
+    torchvision:NAME (any of torchvision's classification data sets, its classes split into tasks);
+    or package.module:function, your own, which returns the tasks (see `clnp_search.tasks.OwnTask`)."""
+    tasks: PositiveInt | None = None
+    """Number of tasks; the classes are shared out evenly, in order. Default: 10 for permuted_mnist, 6 for split_cifar,
+    as many as there are lists of classes, all of your own, else 5."""
+    validation: Validation = 300
+    """Samples held out of each task's training set to choose by, or a share of it: '10%' or 0.1.
+    Default: by scenario (10000 for permuted_mnist, 10% for images)."""
     scaling: Literal["standard", "unit"] = "standard"
-    """Of the inputs: mean 0 and deviation 1 over all training pixels, or raw values divided by their maximum."""
+    """Of the inputs: each channel's mean 0 and deviation 1 over the first task's training split (no validation sample
+    and no later task is looked at), or raw values divided by their maximum."""
     root: str = "data/"
-    """Folder of the data sets, as torchvision lays it out; downloads go here."""
+    """Folder of the data sets, as torchvision lays it out; downloads go here. For split_cifar also of cifar10.zip and
+    cifar100.zip (class folders). For class_folders the folder or zip itself."""
+    classes: Annotated[tuple[ClassNames, ...], Field(min_length=1)] | None = None
+    """One list of class names for each task, instead of equal shares (class_folders, torchvision)."""
+    size: tuple[PositiveInt, PositiveInt] | None = None
+    """[height, width] that every image is resized to (class_folders, torchvision)."""
+    arguments: dict[str, Any] = {}
+    """What your own function, or torchvision's data set, is called with, by name."""
+    augment: AugmentConfig = AugmentConfig()
+    """Random crops and flips of training images."""
 
     @model_validator(mode="before")
     @classmethod
     def _scenario_defaults(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("name") in SCENARIOS:
-            scenario = SCENARIOS[values["name"]]
-            return {"tasks": scenario.tasks, "validation": scenario.validation, **values}
+        if isinstance(values, dict) and (kind := kind_of(str(values.get("name")))):
+            classes = values.get("classes")
+            tasks = len(classes) if isinstance(classes, list | tuple) and classes else kind.tasks
+            return {"tasks": tasks, "validation": kind.validation, **values}
         return values
 
 
@@ -115,6 +177,11 @@ class NetworkConfig(_Section):
     """Units of each hidden layer."""
     activation: Literal["relu", "sigmoid", "tanh"] = "relu"
     """Activation of the hidden layers."""
+
+    @property
+    def flatten(self) -> bool:
+        """Whether it sees flat samples, instead of images."""
+        return self.name == "mlp"
 
 
 class HeadConfig(_Section):
@@ -229,14 +296,48 @@ class Sweep(_Section):
     storage: str = "runs/"
     """Folder or URI under which run folders are made."""
     tracking: TrackingConfig = TrackingConfig()
+    modules: str = "."
+    """Folder where your own modules lie, if they are not installed. Default: the sweep file's folder."""
 
-    def architecture(self, in_features: int) -> Architecture:
-        """The network for samples of `in_features` values."""
+    def load_scenario(self) -> Scenario:
+        """The tasks and their data.
+
+        Raises:
+            InputError: The data cannot be loaded or have faults, or do not fit the other settings.
+        """
+        config = self.scenario
+        kind = kind_of(config.name)
+        assert kind is not None
+        sets, tasks = kind.load(
+            Wanted(
+                config.name,
+                config.tasks,
+                Path(config.root),
+                config.classes,
+                config.size,
+                config.arguments,
+                Path(self.modules),
+            )
+        )
+        scenario = Scenario(sets, tasks, config.validation, config.scaling, self.seed, self.network.flatten)
+        counts = {scenario.num_classes(index) for index in range(len(scenario))}
+        if self.head.kind == "single" and len(counts) > 1:
+            raise InputError(
+                f"head.kind: single: the tasks have {', '.join(map(str, sorted(counts)))} classes; "
+                "one output layer needs the same number in all; allowed: multi"
+            )
+        side = min(scenario.input_shape[-2:])
+        if config.augment.crop >= side and len(scenario.input_shape) > 1:
+            raise InputError(f"scenario.augment.crop: {config.augment.crop}; allowed: 0 to {side - 1}")
+        return scenario
+
+    def architecture(self, input_shape: tuple[int, ...]) -> Architecture:
+        """The network for samples of a shape: (values,) or (C, H, W)."""
         from clnp_search.clnp.graph import mlp
         from clnp_search.clnp.state import Architecture
 
         has_bias = self.head.kind == "multi" or self.head.bias != "none"
-        graph = mlp(in_features, self.network.hidden, self.network.activation, has_bias)
+        graph = mlp(input_shape[0], self.network.hidden, self.network.activation, has_bias)
         return Architecture(graph, self.head.kind, self.head.bias)
 
     def layer_alphas(self, alpha: float | tuple[float, ...]) -> tuple[float, ...]:
@@ -255,11 +356,16 @@ class Sweep(_Section):
         """The settings that decide results and differ from another sweep's, one `key: mine, other's` each."""
         mine, others = self.model_dump(mode="json"), other.model_dump(mode="json")
         for dump in (mine, others):
-            for key in ("name", "storage", "tracking", "resources"):
+            for key in ("name", "storage", "tracking", "resources", "modules"):
                 dump.pop(key)
             dump["scenario"].pop("root")
         flat, other_flat = dict(_flatten(mine)), dict(_flatten(others))
-        return [f"{key}: {flat[key]} here, {other_flat[key]} there" for key in flat if flat[key] != other_flat[key]]
+        keys = dict.fromkeys([*flat, *other_flat])
+        return [
+            f"{key}: {flat.get(key)} here, {other_flat.get(key)} there"
+            for key in keys
+            if flat.get(key) != other_flat.get(key)
+        ]
 
 
 def load_sweep(path: Path, overrides: list[str] | None = None) -> Sweep:
@@ -278,6 +384,7 @@ def load_sweep(path: Path, overrides: list[str] | None = None) -> Sweep:
     for override in overrides or []:
         _apply_override(raw, override)
     raw.setdefault("name", path.stem)
+    raw.setdefault("modules", str(path.parent))
     return parse_sweep(raw, str(path))
 
 
@@ -348,11 +455,31 @@ def _faults_between_sections(raw: dict[str, Any]) -> Iterator[str]:
                 f"search.alpha[{index}]: {alpha} has {len(alpha)} values; allowed: one number, or {wanted} "
                 f"(one for each of the {wanted - 1} hidden layers, the head last)"
             )
-    if isinstance(scenario, dict) and scenario.get("name") in SCENARIOS:
-        allowed, tasks = SCENARIOS[scenario["name"]].allowed_tasks, scenario.get("tasks")
-        if allowed and isinstance(tasks, int) and tasks not in allowed:
-            listed = ", ".join(map(str, allowed))
-            yield f"scenario.tasks: {tasks} tasks cannot share the classes of {scenario['name']}; allowed: {listed}"
+    if isinstance(scenario, dict) and (kind := kind_of(str(scenario.get("name")))):
+        yield from _scenario_faults(scenario, kind, raw.get("network"))
+
+
+def _scenario_faults(scenario: dict[str, Any], kind: Kind, network: Any) -> Iterator[str]:
+    name, tasks, classes = (scenario.get(key) for key in ("name", "tasks", "classes"))
+    if kind.allowed_tasks and isinstance(tasks, int) and tasks not in kind.allowed_tasks:
+        listed = ", ".join(map(str, kind.allowed_tasks))
+        yield f"scenario.tasks: {tasks} tasks cannot share the classes of {name}; allowed: {listed}"
+    for key in ("classes", "size", "arguments"):
+        if scenario.get(key) and key not in kind.keys:
+            allowed = ", ".join(kind.keys) or "none of classes, size, arguments"
+            yield f"scenario.{key}: {name} has no such setting; allowed: {allowed}"
+    if isinstance(classes, list) and all(isinstance(each, list) for each in classes):
+        if isinstance(tasks, int) and tasks > len(classes):
+            yield f"scenario.tasks: {tasks}; scenario.classes has {len(classes)} lists"
+        for index, each in enumerate(classes):
+            if twice := sorted({str(one) for one in each if each.count(one) > 1}):
+                yield f"scenario.classes[{index}]: {', '.join(twice)} more than once"
+    augment = scenario.get("augment")
+    if isinstance(augment, dict) and any(augment.values()):
+        if kind.permuted:
+            yield f"scenario.augment: the images of {name} are permuted, and cannot be moved or mirrored"
+        elif isinstance(network, dict) and network.get("name", "mlp") == "mlp":
+            yield "scenario.augment: an mlp sees flat samples; allowed: a network that sees images"
 
 
 def _explain(detail: Any) -> str:

@@ -8,7 +8,6 @@ import time
 from collections.abc import Sequence
 from functools import cached_property
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -44,7 +43,7 @@ from clnp_search.search.points import (
 )
 from clnp_search.search.trial import RunInputs
 from clnp_search.storage import RunFolder
-from clnp_search.tasks import SCENARIOS, Split, Task, TaskData
+from clnp_search.tasks import Split, Task, TaskData
 
 if TYPE_CHECKING:
     from ray import ObjectRef
@@ -65,29 +64,30 @@ class TaskSequence:
             InputError: It cannot be loaded, or the sweep asks for more samples than it has.
         """
         self.sweep = sweep
-        self._scenario = SCENARIOS[sweep.scenario.name]
-        self.raw = self._scenario.load(Path(sweep.scenario.root))
+        self.scenario = sweep.load_scenario()
+        self._digests: dict[int, str] = {}
 
     def __len__(self) -> int:
-        return self.sweep.scenario.tasks
+        return len(self.scenario)
 
     def task(self, index: int) -> Task:
         """The task at `index`."""
-        return self._scenario.task(index, len(self))
+        return self.scenario.tasks[index]
 
     def data(self, index: int) -> TaskData:
         """The samples of the task at `index`."""
-        scenario = self.sweep.scenario
-        return self.task(index).data(self.raw, scenario.validation, scenario.scaling, self.sweep.seed)
+        return self.scenario.data(index)
 
     def key(self, state: State, index: int, point: Point) -> str:
         """The hash of all that a point's result depends on, besides the machine."""
-        return point_key(state.digest, self.task(index), self._digest, self.sweep, point)
+        if index not in self._digests:
+            self._digests[index] = self.data(index).digest
+        return point_key(state.digest, self.task(index), self._digests[index], self.sweep, point)
 
     @property
     def architecture(self) -> Architecture:
         """The network of all tasks."""
-        return self.sweep.architecture(self.raw.train_inputs[0].size)
+        return self.sweep.architecture(self.scenario.input_shape)
 
     def empty_state(self) -> State:
         """The state before the first task."""
@@ -98,10 +98,6 @@ class TaskSequence:
         data = self.data(index)
         settings = self.sweep.training.settings
         return estimate_memory(state, data.info.num_classes, len(data.train), len(data.validation), settings)
-
-    @cached_property
-    def _digest(self) -> str:
-        return self.raw.digest
 
 
 def plan_packs(
@@ -155,12 +151,10 @@ class Runner:
         return self._cluster.share(
             RunInputs(
                 folder=self._folder.uri,
-                raw=sequence.raw,
-                tasks=tuple(sequence.task(index) for index in range(len(sequence))),
-                validation=sweep.scenario.validation,
-                scaling=sweep.scenario.scaling,
+                scenario=sequence.scenario,
                 settings=sweep.training.settings,
                 seed=sweep.seed,
+                augment=sweep.scenario.augment.settings,
             )
         )
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,6 +34,7 @@ from clnp_search.search.trial import RunInputs, TaskInputs
 from clnp_search.selection import candidates, choose
 from clnp_search.sequence import TaskSequence
 from clnp_search.storage import RunFolder
+from clnp_search.tasks import RawData
 
 # Every head that a network can have: its kind and its bias rule.
 HEADS = [("multi", "frozen"), ("single", "frozen"), ("single", "per_task"), ("single", "none")]
@@ -41,7 +43,7 @@ HEADS = [("multi", "frozen"), ("single", "frozen"), ("single", "per_task"), ("si
 def make_info(name: str = "task", num_classes: int = 2, in_features: int = 3, permuted: bool = False) -> TaskInfo:
     """A task whose inputs are its raw values, reversed if permuted."""
     permutation = torch.arange(in_features).flip(0) if permuted else None
-    return TaskInfo(name, num_classes, (in_features,), InputTransform(0.0, 1.0, permutation))
+    return TaskInfo(name, num_classes, (in_features,), InputTransform((0.0,), (1.0,), (in_features,), permutation))
 
 
 def make_trained(state: State, num_classes: int = 2, seed: int = 0, exact: bool = False) -> FreeParameters:
@@ -123,6 +125,14 @@ def run_all(training: Training) -> None:
         training.run_epoch()
 
 
+def make_raw(num_train: int = 60, num_test: int = 20) -> RawData:
+    """2 x 2 samples that are all different, of ten classes in turn; training samples come first."""
+    values = np.arange(num_train + num_test, dtype=np.uint8)
+    inputs = np.stack([values, values + 1, values * 2, values * 0 + 7], axis=1).reshape(-1, 2, 2)
+    labels = np.arange(num_train + num_test, dtype=np.int64) % 10
+    return RawData(inputs[:num_train], labels[:num_train], inputs[num_train:], labels[num_train:], 10)
+
+
 def make_sweep(**sections: Any) -> Sweep:
     """A small sweep of two permuted tasks; `sections` replace whole entries of the file."""
     raw: dict[str, Any] = {
@@ -193,10 +203,7 @@ def make_inputs(
     plan = TaskPlan(0, "first", state.digest, points, keys, pack_points(points, len(points)), environment)
     run = RunInputs(
         folder=str(folder),
-        raw=sequence.raw,
-        tasks=(sequence.task(0),),
-        validation=300,
-        scaling="standard",
+        scenario=sequence.scenario,
         settings=sweep.training.settings,
         seed=0,
     )

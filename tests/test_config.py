@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from builders import make_sweep
 
 from clnp_search.config import Sweep, load_sweep, parse_sweep
 from clnp_search.errors import InputError
+from clnp_search.tasks import SCENARIOS
 
 SMALLEST = "scenario: {name: permuted_digits}\nnetwork: {hidden: [4, 4]}\n"
 
@@ -82,6 +84,76 @@ def test_a_sweep_cannot_be_changed() -> None:
         make_sweep().seed = 1
 
 
+# The scenario
+
+
+@pytest.mark.parametrize(
+    ("scenario", "tasks", "validation"),
+    [
+        ({"name": "split_cifar"}, 6, 0.1),
+        ({"name": "class_folders"}, 5, 0.1),
+        ({"name": "class_folders", "classes": [["a"], ["b"]]}, 2, 0.1),
+        ({"name": "torchvision:KMNIST", "validation": "2.5%"}, 5, 0.025),
+        ({"name": "torchvision:KMNIST", "tasks": 2, "validation": 0.5}, 2, 0.5),
+        ({"name": "my.module:function", "arguments": {"a": [1]}, "validation": 7}, None, 7),
+    ],
+)
+def test_scenarios_of_images_hold_out_a_share_by_default(
+    scenario: dict[str, Any], tasks: int | None, validation: float
+) -> None:
+    sweep = make_sweep(scenario=scenario)
+    assert (sweep.scenario.tasks, sweep.scenario.validation) == (tasks, validation)
+    assert parse_sweep(json.loads(sweep.model_dump_json()), "again") == sweep
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        (
+            "name: split_cifar, tasks: 12",
+            "scenario.tasks: 12 tasks cannot share the classes of split_cifar; allowed: 1, 2",
+        ),
+        ("name: split_mnist, size: [4, 4]", "scenario.size: split_mnist has no such setting; allowed: none of"),
+        ("name: 'a:b', classes: [[a]]", "scenario.classes: a:b has no such setting; allowed: arguments"),
+        (
+            "name: class_folders, arguments: {a: 1}",
+            "scenario.arguments: class_folders has no such setting; allowed: cl",
+        ),
+        ("name: class_folders, classes: [[a], [b, c, b, 1, 1]]", "scenario.classes[1]: 1, b more than once"),
+        ("name: class_folders, classes: [[a], []]", "scenario.classes[1]: []: "),
+        ("name: class_folders, classes: [[a], [b]], tasks: 3", "scenario.tasks: 3; scenario.classes has 2 lists"),
+        ("name: class_folders, size: [4]", "scenario.size"),
+        ("name: permuted_mnist, augment: {flip: true}", "scenario.augment: the images of permuted_mnist are permuted"),
+        ("name: split_cifar, augment: {crop: 4}", "scenario.augment: an mlp sees flat samples; allowed: a network"),
+        ("name: split_cifar, augment: {crop: -1}", "scenario.augment.crop: -1: "),
+        ("name: split_cifar, augment: {flop: true}", "scenario.augment.flop: unknown key; did you mean 'flip'? Known"),
+        (
+            "name: class_folders, validation: 0",
+            "scenario.validation: 0: write a number of samples, 1 or more, or a share",
+        ),
+        ("name: class_folders, validation: 1.5", "scenario.validation: 1.5: write a number of samples"),
+        ("name: class_folders, validation: 100%", "scenario.validation: '100%': write a number of samples"),
+        ("name: class_folders, validation: x%", "scenario.validation: 'x%': write a number of samples"),
+        ("name: class_folders, validation: true", "scenario.validation: True: write a number of samples"),
+    ],
+)
+def test_settings_that_do_not_fit_a_scenario_are_refused(tmp_path: Path, text: str, fault: str) -> None:
+    assert faults(tmp_path, f"scenario: {{{text}}}\nnetwork: {{hidden: [4]}}\n")[1].startswith(fault)
+
+
+def test_your_own_modules_lie_beside_the_sweep_file(tmp_path: Path) -> None:
+    assert load_sweep(written(tmp_path, SMALLEST)).modules == str(tmp_path)
+    assert load_sweep(written(tmp_path, f"{SMALLEST}modules: elsewhere\n")).modules == "elsewhere"
+
+
+def test_settings_that_only_one_sweep_has_are_a_difference() -> None:
+    one, two = (make_sweep(scenario={"name": "a:b", "arguments": arguments}) for arguments in ({"x": 1}, {"y": [2]}))
+    assert one.differences(two) == [
+        "scenario.arguments.x: 1 here, None there",
+        "scenario.arguments.y: None here, [2] there",
+    ]
+
+
 # The margin
 
 
@@ -143,8 +215,10 @@ sed: 3
 
 def test_a_fault_names_its_value_and_what_is_allowed(tmp_path: Path) -> None:
     lines = faults(tmp_path, SMALLEST.replace("permuted_digits", "permuted_digit"))
-    expected = "scenario.name: 'permuted_digit': allowed: permuted_digits, permuted_mnist, split_digits, split_mnist"
-    assert lines[1] == f"{expected}; did you mean 'permuted_digits'?"
+    allowed = (*SCENARIOS, "torchvision:NAME", "package.module:function")
+    assert lines[1] == (
+        f"scenario.name: 'permuted_digit': allowed: {', '.join(allowed)}; did you mean 'permuted_digits'?"
+    )
 
 
 @pytest.mark.parametrize(
@@ -319,6 +393,7 @@ def test_a_difference_names_the_key_and_both_values() -> None:
         {"storage": "elsewhere"},
         {"tracking": {"uri": "none"}},
         {"resources": {"cpu": 2}},
+        {"modules": "elsewhere"},
         {"scenario": {"name": "permuted_digits", "tasks": 2, "root": "elsewhere"}},
     ],
 )
@@ -327,5 +402,10 @@ def test_where_and_how_a_sweep_runs_is_no_difference(sections: dict[str, Any]) -
 
 
 def test_plain_data_give_the_same_sweep_as_a_file(tmp_path: Path) -> None:
-    raw = {"name": "sweep", "scenario": {"name": "permuted_digits"}, "network": {"hidden": [4, 4]}}
+    raw = {
+        "name": "sweep",
+        "modules": str(tmp_path),
+        "scenario": {"name": "permuted_digits"},
+        "network": {"hidden": [4, 4]},
+    }
     assert parse_sweep(raw, "test") == load_sweep(written(tmp_path, SMALLEST))

@@ -24,6 +24,7 @@ LEVELS = [
     {"config"},
     {"tasks", "storage"},
     {"clnp"},
+    {"importing"},
     {"records", "errors"},
 ]
 LEVEL_OF = {part: level for level, parts in enumerate(LEVELS) for part in parts}

@@ -109,7 +109,8 @@ class LiveView(Listener):
 
     def _title(self) -> str:
         assert self._plan is not None
-        return f"task {self._plan.task} of {self._sweep.scenario.tasks} ({self._plan.name})"
+        of_all = f" of {self._sweep.scenario.tasks}" if self._sweep.scenario.tasks else ""
+        return f"task {self._plan.task}{of_all} ({self._plan.name})"
 
     def _remaining(self) -> str:
         """By the pace of the last task, or of this one if it is the first."""
@@ -121,7 +122,7 @@ class LiveView(Listener):
             whole = elapsed / self._share
         else:
             return "…"
-        later = self._sweep.scenario.tasks - self._tasks_done - 1
+        later = (self._sweep.scenario.tasks or self._tasks_done + 1) - self._tasks_done - 1
         later_points = 1 if self._sweep.search.tasks == "first" else points
         return _duration(max(0.0, whole * (1 + later * later_points / points) - elapsed))
 

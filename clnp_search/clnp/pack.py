@@ -13,7 +13,7 @@ Shapes: P points of a pack, K of a block, B samples of a batch, N samples, F fre
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +30,7 @@ LARGEST_BATCH = 1000
 CACHE_BYTES = 4 << 30  # frozen outputs of a split are kept if they fit into this
 
 Levels = Mapping[str, Tensor]
+View = Callable[[Tensor, torch.Generator | None], Tensor]
 
 
 def evaluation_batch(graph: Graph) -> int:
@@ -82,18 +83,25 @@ class Features:
     """A split of a task's data on the device, with the frozen units' outputs on it.
 
     Args:
-        inputs: [N, ...] float32, as the network takes samples.
+        inputs: [N, ...] float32, as the network takes samples; with `view`, raw ones.
         labels: [N] int64.
         cache_bytes: The frozen units' outputs are kept for the whole split if they fit into this.
         dtype: In which the levels are handed out.
+        view: Makes inputs of raw samples, at random if it is given a generator; then nothing is kept.
     """
 
     def __init__(
-        self, trunk: Trunk, inputs: Tensor, labels: Tensor, cache_bytes: int, dtype: torch.dtype = torch.float32
+        self,
+        trunk: Trunk,
+        inputs: Tensor,
+        labels: Tensor,
+        cache_bytes: int,
+        dtype: torch.dtype = torch.float32,
+        view: View | None = None,
     ) -> None:
         self.labels, self.batch_size = labels, evaluation_batch(trunk.graph)
-        self._trunk, self._dtype = trunk, dtype
-        self._cached = len(inputs) * trunk.level_size * dtype.itemsize <= cache_bytes
+        self._trunk, self._dtype, self._view = trunk, dtype, view
+        self._cached = view is None and len(inputs) * trunk.level_size * dtype.itemsize <= cache_bytes
         inputs = _channels_last(inputs)
         if self._cached:
             chunks = [trunk.levels(chunk) for chunk in inputs.split(self.batch_size)]
@@ -109,12 +117,16 @@ class Features:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def batch(self, index: Tensor | slice) -> tuple[dict[str, Tensor], Tensor]:
-        """The levels [B, ...] and labels [B] of the samples at `index`."""
+    def batch(self, index: Tensor | slice, seed: int | None = None) -> tuple[dict[str, Tensor], Tensor]:
+        """The levels [B, ...] and labels [B] of the samples at `index`; of a random view of them, if it has a seed."""
         levels = {name: _rows(level, index) for name, level in self._levels.items()}
         if not self._cached:
-            computed = self._trunk.levels(levels[INPUT])
-            levels = {name: level.to(self._dtype) for name, level in {**levels, **computed}.items()}
+            inputs = levels[INPUT]
+            if self._view is not None:
+                random = None if seed is None else torch.Generator().manual_seed(seed)
+                inputs = _channels_last(self._view(inputs, random))
+            computed = {INPUT: inputs, **self._trunk.levels(inputs)}
+            levels = {name: level.to(self._dtype) for name, level in computed.items()}
         return levels, self.labels[index]
 
     def batches(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
@@ -273,9 +285,11 @@ class Pack:
         self._trained_order = self.graph.pooled_first
         self._random = any(isinstance(node.op, Dropout) and node.op.share for node in self.graph.nodes)
 
-    def features(self, inputs: Tensor, labels: Tensor, cache_bytes: int = CACHE_BYTES) -> Features:
-        """A split of the task's data as this pack reads it: `inputs` [N, ...], `labels` [N]."""
-        return Features(self.trunk, inputs.to(self.device), labels.to(self.device), cache_bytes, self.dtype)
+    def features(
+        self, inputs: Tensor, labels: Tensor, cache_bytes: int = CACHE_BYTES, view: View | None = None
+    ) -> Features:
+        """A split of the task's data as this pack reads it: `inputs` [N, ...], `labels` [N]; see `Features`."""
+        return Features(self.trunk, inputs.to(self.device), labels.to(self.device), cache_bytes, self.dtype, view)
 
     @property
     def parameters(self) -> list[list[Tensor]]:
@@ -314,13 +328,13 @@ class Pack:
         """Fills all gradients from the samples at `index`, L1 term included; gives each point's loss [P], summed.
 
         Args:
-            seed: Of what is random in the network.
+            seed: Of what is random in the network and in the samples' views.
         """
         self._begin_gradients()
         losses = torch.zeros(self.num_points, device=self.device)
         size = microbatch(self.graph, len(index))
         for part, chunk in enumerate(index.split(size)):
-            levels, labels = features.batch(chunk)
+            levels, labels = features.batch(chunk, seed + part)
             for first, block in zip(self._first, self.blocks, strict=True):
                 if self._random:  # alike for all points, whoever shares a pack with whom
                     torch.manual_seed(seed + part)

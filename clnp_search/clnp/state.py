@@ -53,22 +53,28 @@ class Architecture:
 
 @dataclass(frozen=True)
 class InputTransform:
-    """How a task sees a raw sample: flatten, subtract `mean`, divide by `std`, then take features in order.
+    """How a task sees a raw sample: subtract `mean` and divide by `std`, channel by channel, then take values in order.
 
     Args:
-        permutation: [in_features] source feature of each input, or None for the natural order.
+        mean: Of each channel of a raw sample; one value where it has none.
+        std: Likewise.
+        shape: Of one input: (values,) for a network that sees flat samples, else (C, H, W).
+        permutation: [values] source of each value of the flattened sample, or None for the natural order.
     """
 
-    mean: float
-    std: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    shape: tuple[int, ...]
     permutation: Tensor | None = None
 
     def __call__(self, raw: Tensor) -> Tensor:
-        """The float32 inputs [N, in_features] of raw samples [N, ...]."""
-        flat = raw.reshape(raw.shape[0], -1)
+        """The float32 inputs [N, *shape] of raw samples [N, ...]."""
+        mean, std = (torch.tensor(values, device=raw.device)[:, None] for values in (self.mean, self.std))
+        channels = raw.reshape(raw.shape[0], len(self.mean), -1)
+        values = channels.to(torch.float32, copy=True).sub_(mean).div_(std).flatten(1)
         if self.permutation is not None:
-            flat = flat[:, self.permutation.to(flat.device)]
-        return flat.to(torch.float32, copy=True).sub_(self.mean).div_(self.std)
+            values = values[:, self.permutation.to(raw.device)]
+        return values.reshape(-1, *self.shape)
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,7 @@ class TaskInfo:
             "input_shape": self.input_shape,
             "mean": self.transform.mean,
             "std": self.transform.std,
+            "shape": self.transform.shape,
         }
 
     @classmethod
@@ -104,7 +111,8 @@ class TaskInfo:
         permutation = tensors.get(f"task{index}/permutation")
         if permutation is not None and not torch.equal(permutation.sort().values, torch.arange(len(permutation))):
             raise ValueError(f"task {index}: its permutation names a value twice, or none")
-        transform = InputTransform(data["mean"], data["std"], permutation)
+        mean, std, shape = (tuple(data[name]) for name in ("mean", "std", "shape"))
+        transform = InputTransform(mean, std, shape, permutation)
         return cls(data["name"], data["num_classes"], tuple(data["input_shape"]), transform)
 
 

@@ -42,8 +42,8 @@ class Subnetwork(nn.Module):
             raise IndexError(f"task {task} is not committed: tasks are 0 to {state.num_tasks - 1}")
         self.info, self.graph = state.tasks[task], state.graph
         transform = self.info.transform
-        self.register_buffer("mean", torch.tensor(transform.mean))
-        self.register_buffer("std", torch.tensor(transform.std))
+        self.register_buffer("mean", torch.tensor(transform.mean)[:, None])
+        self.register_buffer("std", torch.tensor(transform.std)[:, None])
         self.register_buffer("permutation", transform.permutation)
         self.units = state.used(task)
         self.network = nn.Module()
@@ -68,10 +68,11 @@ class Subnetwork(nn.Module):
 
     def inputs(self, raw: Tensor) -> Tensor:
         """What the network sees of raw samples."""
-        values = raw.flatten(1)
+        channels = raw.reshape(len(raw), len(self.mean), -1).to(torch.float32)
+        values = ((channels - self.mean) / self.std).flatten(1)
         if self.permutation is not None:
             values = values[:, self.permutation]
-        return (values.to(torch.float32) - self.mean) / self.std
+        return values.reshape(-1, *self.info.transform.shape)
 
     @property
     def digest(self) -> str:

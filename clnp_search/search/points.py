@@ -35,13 +35,18 @@ def grid(sweep: Sweep, chosen: Point | None) -> tuple[Point, ...]:
 
 
 def point_key(parent_digest: str, task: Task, data_digest: str, sweep: Sweep, point: Point) -> str:
-    """The hash of all that a point's result depends on, besides the machine."""
+    """The hash of all that a point's result depends on, besides the machine.
+
+    Args:
+        data_digest: Of the task's own samples, splits and input transform.
+    """
     parts = {
         "state": parent_digest,
         "task": asdict(task),
         "data": data_digest,
         "validation": sweep.scenario.validation,
         "scaling": sweep.scenario.scaling,
+        "augment": sweep.scenario.augment.model_dump(),
         "training": sweep.training.model_dump(),
         "seed": sweep.seed,
         "alpha": point.alpha,

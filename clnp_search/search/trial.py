@@ -5,10 +5,12 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
+from clnp_search.clnp.augment import augment
 from clnp_search.clnp.initial import draw
 from clnp_search.clnp.pack import Features, Pack
 from clnp_search.clnp.scan import Candidate, scan
@@ -17,7 +19,7 @@ from clnp_search.clnp.training import Training, TrainingSettings
 from clnp_search.records import Point, PointRecord, ScanRecord, TaskPlan
 from clnp_search.search.points import pack_name
 from clnp_search.storage import RunFolder
-from clnp_search.tasks import RawData, Task, TaskData
+from clnp_search.tasks import Scenario, TaskData
 
 CHECKPOINT_EVERY_S = 20.0
 REPORT_EVERY_S = 0.5
@@ -28,12 +30,10 @@ class RunInputs:
     """What the trials and scans of all tasks read; travels once, through Ray's object store."""
 
     folder: str
-    raw: RawData
-    tasks: tuple[Task, ...]
-    validation: int
-    scaling: str
+    scenario: Scenario
     settings: TrainingSettings
     seed: int
+    augment: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,7 @@ class TaskInputs:
 
     def data(self) -> TaskData:
         """The task's samples."""
-        run = self.run
-        return run.tasks[self.plan.task].data(run.raw, run.validation, run.scaling, run.seed)
+        return self.run.scenario.data(self.plan.task)
 
 
 def run_pack(inputs: TaskInputs, points: Sequence[Point]) -> Iterator[Training]:
@@ -161,10 +160,16 @@ def _begin(inputs: TaskInputs, points: Sequence[Point]) -> tuple[Pack, Training,
     alphas, rates = [point.alpha for point in points], [point.learning_rate for point in points]
     initial = draw(inputs.state, data.info.num_classes, seed)
     pack = Pack(inputs.state, data.info.num_classes, alphas, initial, device, settings.dtype, settings.penalty)
-    train, validation = (
-        pack.features(data.info.transform(split.inputs.to(device)), split.labels)
-        for split in (data.train, data.validation)
-    )
+    transform, augmentation = data.info.transform, inputs.run.augment
+
+    def view(raw: torch.Tensor, random: torch.Generator | None) -> torch.Tensor:
+        return transform(raw if random is None else augment(raw, random, **augmentation))
+
+    if augmentation:
+        train = pack.features(data.train.inputs, data.train.labels, view=view)
+    else:
+        train = pack.features(transform(data.train.inputs.to(device)), data.train.labels)
+    validation = pack.features(*_validation(inputs, device))
     return pack, Training(pack, rates, train, validation, settings, seed, inputs.plan.task), train
 
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from clnp_search.errors import InputError
+from clnp_search.tasks.torchvision_sets import train_and_test
 
 DIGITS_TEST_SAMPLES = 400
+MAX_FAULTS_SHOWN = 20
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,7 @@ class RawData:
     """A data set as it is stored: samples [N, ...] in raw pixel values and labels [N] int64.
 
     Args:
+        train_inputs: [N, C, H, W], [N, H, W] or [N, values].
         scale: The largest raw pixel value.
     """
 
@@ -28,17 +31,7 @@ class RawData:
     test_inputs: NDArray[np.uint8]
     test_labels: NDArray[np.int64]
     num_classes: int
-    scale: float
-
-    @cached_property
-    def mean_and_std(self) -> tuple[float, float]:
-        """Mean and standard deviation over all values of all training samples."""
-        # In chunks, because numpy widens what it counts to eight times the bytes.
-        chunks = np.array_split(self.train_inputs.reshape(-1), len(self.train_inputs) // 1000 + 1)
-        counts = np.array([np.bincount(chunk, minlength=256) for chunk in chunks]).sum(0).astype(np.float64)
-        values = np.arange(len(counts))
-        mean = float(counts @ values / counts.sum())
-        return mean, float(np.sqrt(counts @ (values - mean) ** 2 / counts.sum()))
+    scale: float = 255.0
 
     @property
     def digest(self) -> str:
@@ -70,21 +63,28 @@ def load_mnist(root: Path) -> RawData:
     Raises:
         InputError: It is not there and cannot be downloaded, or is damaged, or torchvision does not fit torch.
     """
-    try:
-        from torchvision.datasets import MNIST
-    except Exception as error:  # a torchvision built for another torch fails in many ways
-        raise InputError(
-            f"torchvision cannot be imported: {error}\n"
-            "Its build does not fit the installed torch; install both in one step, for example `uv sync`."
-        ) from error
-    try:
-        train, test = (MNIST(str(root), train=train, download=True) for train in (True, False))
-    except Exception as error:  # torchvision and urllib raise many kinds
-        raise InputError(
-            f"scenario.root: MNIST under {root} can be neither read nor downloaded: {type(error).__name__}: {error}\n"
-            f"Put its four IDX files into {root / 'MNIST' / 'raw'} (a damaged one, deleted, is downloaded again), "
-            "or point scenario.root to where it is."
-        ) from error
-    return RawData(
-        train.data.numpy(), train.targets.numpy(), test.data.numpy(), test.targets.numpy(), num_classes=10, scale=255.0
-    )
+    hint = f"Put its four IDX files into {root / 'MNIST' / 'raw'} (a damaged one, deleted, is downloaded again)"
+    train, test = train_and_test("MNIST", root, hint=hint)
+    return RawData(train.data.numpy(), train.targets.numpy(), test.data.numpy(), test.targets.numpy(), num_classes=10)
+
+
+def label_faults(raw: RawData) -> Iterator[str]:
+    """What is wrong with a data set's labels: out of range, or in one of its two parts alone."""
+    train, test = np.unique(raw.train_labels), np.unique(raw.test_labels)
+    for name, labels in (("train", train), ("test", test)):
+        if len(labels) and not 0 <= labels[0] <= labels[-1] < raw.num_classes:
+            yield f"{name} labels are {labels[0]} to {labels[-1]}; allowed: 0 to {raw.num_classes - 1}"
+    yield from (f"class {label} is in test but not in train" for label in np.setdiff1d(test, train))
+    yield from (f"class {label} is in train but not in test" for label in np.setdiff1d(train, test))
+
+
+def require(faults: Iterable[str], source: str) -> None:
+    """Names the faults of a data set, the first of them and their number, if there are any.
+
+    Raises:
+        InputError: There are.
+    """
+    if found := list(faults):
+        listed = "".join(f"\n  {fault}" for fault in found[:MAX_FAULTS_SHOWN])
+        more = f"\n  and {len(found) - MAX_FAULTS_SHOWN} more" if len(found) > MAX_FAULTS_SHOWN else ""
+        raise InputError(f"scenario: {source} has {len(found)} fault(s){listed}{more}")

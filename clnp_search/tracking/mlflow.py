@@ -49,7 +49,7 @@ class MlflowTracker:
 
     def __init__(self, folder: RunFolder, sweep: Sweep) -> None:
         self._folder, self._sweep = folder, sweep
-        self._layers = tuple(sweep.architecture(in_features=1).graph.groups)
+        self._layers = tuple(sweep.architecture((1,)).graph.groups)
         self._store: _Store | None = None
 
     def sync(self, summary: Summary | None = None) -> None:
@@ -172,7 +172,7 @@ class MlflowTracker:
 
 def _settings(sweep: Sweep) -> dict[str, str]:
     """The settings that tell sweeps apart, under their names in the sweep file."""
-    dump = sweep.model_dump(mode="json", exclude={"name", "storage", "tracking", "resources"})
+    dump = sweep.model_dump(mode="json", exclude={"name", "storage", "tracking", "resources", "modules"})
     dump["scenario"].pop("root")
     flat = {"seed": dump.pop("seed")}
     flat |= {f"{section}.{key}": value for section, values in dump.items() for key, value in values.items()}

@@ -38,7 +38,8 @@ from clnp_search.search.points import estimate_memory, pack_name
 from clnp_search.search.trial import RunInputs, TaskInputs, run_pack
 from clnp_search.selection import min_correct
 from clnp_search.storage import RunFolder
-from clnp_search.tasks import SCENARIOS, RawData, TaskData
+from clnp_search.tasks import RawData, Scenario, Task, TaskData
+from clnp_search.tasks.data import load_mnist
 
 HERE = Path(__file__).parent
 CORES = len(os.sched_getaffinity(0))
@@ -100,12 +101,16 @@ class Options:
 
     def data(self, seed: int = 0) -> TaskData:
         """The first task of permuted MNIST."""
-        return SCENARIOS["permuted_mnist"].task(0, 1).data(self.raw(), self.validation, "standard", seed)
+        return self.scenario(seed).data(0)
+
+    def scenario(self, seed: int = 0) -> Scenario:
+        """One task of permuted MNIST."""
+        return Scenario((self.raw(),), (Task(0, "permutation-0", permuted=True),), self.validation, seed=seed)
 
 
 @cache
 def _mnist(root: Path) -> RawData:
-    return SCENARIOS["permuted_mnist"].load(root)
+    return load_mnist(root)
 
 
 def prepare(threads: int) -> None:
@@ -143,7 +148,7 @@ def make_state(hidden: tuple[int, ...], frozen: float = 0.0) -> State:
     alpha = (0.0,) * (len(hidden) + 1)
     activities = [(torch.arange(units) < frozen * units).double() for units in hidden]
     trained = Pack(state, CLASSES, [alpha], seed=1).point(0, [activity[None] for activity in activities])
-    info = TaskInfo("by hand", CLASSES, (FEATURES,), InputTransform(0.0, 1.0))
+    info = TaskInfo("by hand", CLASSES, (FEATURES,), InputTransform((0.0,), (1.0,), (FEATURES,)))
     return commit(state, info, trained, (0.5,) * len(hidden))
 
 
@@ -397,12 +402,11 @@ def memory(options: Options) -> Iterator[Row]:
 
 
 def _task_inputs(options: Options, hidden: tuple[int, ...], points: list[Point], folder: str) -> TaskInputs:
-    state, task = make_state(hidden), SCENARIOS["permuted_mnist"].task(0, 1)
+    state, scenario = make_state(hidden), options.scenario()
     keys = tuple(pack_name([point.name]) for point in points)
     here = Environment("cpu", 1, "float32", torch.__version__, version("clnp-search"))
-    plan = TaskPlan(0, task.name, state.digest, tuple(points), keys, (tuple(range(len(points))),), here)
-    raw, validation = options.raw(), options.validation
-    run = RunInputs(f"{folder}/run", raw, (task,), validation, "standard", settings(1), 0)
+    plan = TaskPlan(0, scenario.tasks[0].name, state.digest, tuple(points), keys, (tuple(range(len(points))),), here)
+    run = RunInputs(f"{folder}/run", scenario, settings(1), 0)
     return TaskInputs(run, plan, state)
 
 

@@ -319,7 +319,7 @@ def test_the_digest_changes_with_a_mask_a_head_or_an_input_transform() -> None:
     born = torch.where(layer.born == 0, 1, layer.born)
     permutation = info.transform.permutation
     assert permutation is not None
-    transforms = [replace(info.transform, std=2.0), replace(info.transform, permutation=permutation.roll(1))]
+    transforms = [replace(info.transform, std=(2.0,)), replace(info.transform, permutation=permutation.roll(1))]
     changed = [
         replace(state, layers=(Layer(layer.weight, layer.bias, born), *state.layers[1:])),
         replace(state, heads=(Head(head.weight * 2, head.bias), *state.heads[1:])),

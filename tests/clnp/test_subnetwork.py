@@ -130,8 +130,8 @@ def test_the_digest_covers_the_input_transform_and_the_units() -> None:
     assert permutation is not None
     digests = {Subnetwork(state, 1).digest}
     for transform in (
-        replace(info.transform, mean=0.5),
-        replace(info.transform, std=2.0),
+        replace(info.transform, mean=(0.5,)),
+        replace(info.transform, std=(2.0,)),
         replace(info.transform, permutation=permutation.roll(1)),
         replace(info.transform, permutation=None),
     ):
@@ -187,12 +187,12 @@ def test_a_task_without_units_still_has_its_heads_bias() -> None:
 def test_raw_samples_are_flattened_permuted_and_scaled_as_in_training() -> None:
     raw = torch.randint(256, (20, 3, 1), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     state = make_state(DEEP, 2)
-    transform = replace(state.tasks[1].transform, mean=12.5, std=255.0)
+    transform = replace(state.tasks[1].transform, mean=(12.5,), std=(255.0,))
     tasks = (state.tasks[0], replace(state.tasks[1], input_shape=(3, 1), transform=transform))
     network = Subnetwork(replace(state, tasks=tasks), 1)
     identity = (
         state.tasks[0],
-        replace(state.tasks[1], transform=replace(transform, mean=0.0, std=1.0, permutation=None)),
+        replace(state.tasks[1], transform=replace(transform, mean=(0.0,), std=(1.0,), permutation=None)),
     )
     plain = Subnetwork(replace(state, tasks=identity), 1)
     assert torch.equal(network(raw), plain(transform(raw)))
@@ -201,7 +201,7 @@ def test_raw_samples_are_flattened_permuted_and_scaled_as_in_training() -> None:
 def test_an_input_transform_leaves_the_raw_samples_as_they_are() -> None:
     raw, _ = make_samples(4)
     before = raw.clone()
-    replace(make_info().transform, mean=1.0, std=2.0)(raw)
+    replace(make_info().transform, mean=(1.0,), std=(2.0,))(raw)
     assert torch.equal(raw, before)
 
 

@@ -97,7 +97,7 @@ def test_finished_points_are_not_written_again(tmp_path: Path) -> None:
 
 def test_an_error_in_training_is_recorded_with_its_reason(tmp_path: Path) -> None:
     inputs = make_inputs(tmp_path)
-    broken = replace(inputs, run=replace(inputs.run, validation=10**6))
+    broken = replace(inputs, run=replace(inputs.run, scenario=replace(inputs.run.scenario, validation=10**6)))
     run_all(broken)
     assert {record.status for record in records(broken)} == {"failed"}
     assert "scenario.validation" in records(broken)[0].reason

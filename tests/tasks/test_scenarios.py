@@ -1,87 +1,93 @@
-"""Which samples each task of a sequence has."""
+"""Which samples and which input transform each task of a sequence has."""
 
 from __future__ import annotations
 
-import gzip
-import hashlib
-import shutil
-import sys
 from dataclasses import replace
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-from threading import Thread
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from builders import make_raw
 from torch import Tensor
 
 from clnp_search.errors import InputError
-from clnp_search.tasks import SCENARIOS, RawData, Task
-from clnp_search.tasks.data import load_digits, load_mnist
+from clnp_search.tasks import SCENARIOS, RawData, Scenario, Task, TaskData, Wanted, kind_of
+from clnp_search.tasks.scenarios import Split
 
-PERMUTED, SPLIT = SCENARIOS["permuted_digits"], SCENARIOS["split_digits"]
-
-
-def make_raw(num_train: int = 60, num_test: int = 20) -> RawData:
-    """2 x 2 samples that are all different, of ten classes in turn; training samples come first."""
-    values = np.arange(num_train + num_test, dtype=np.uint8)
-    inputs = np.stack([values, values + 1, values * 2, values * 0 + 7], axis=1).reshape(-1, 2, 2)
-    labels = np.arange(num_train + num_test, dtype=np.int64) % 10
-    return RawData(inputs[:num_train], labels[:num_train], inputs[num_train:], labels[num_train:], 10, 255.0)
+SPLIT = tuple(Task(index, f"classes-{index}", (2 * index, 2 * index + 1)) for index in range(5))
+PERMUTED = tuple(Task(index, f"permutation-{index}", permuted=True) for index in range(5))
+SEQUENCES = pytest.mark.parametrize("tasks", [PERMUTED, SPLIT], ids=["permuted", "split"])
 
 
-def identities(inputs: Tensor) -> set[int]:
-    return set(inputs[:, 0, 0].tolist())
+def make_scenario(tasks: tuple[Task, ...] = PERMUTED, raw: RawData | None = None, **settings: Any) -> Scenario:
+    return Scenario((raw or make_raw(),), tasks, **({"validation": 5, "scaling": "unit"} | settings))
+
+
+def identities(split: Split) -> set[int]:
+    return set(split.inputs[:, 0, 0].tolist())
+
+
+def splits(data: TaskData) -> tuple[Split, Split, Split]:
+    return data.train, data.validation, data.test
 
 
 # Splits
 
 
-@pytest.mark.parametrize("task", [PERMUTED.task(1, 5), SPLIT.task(1, 5)], ids=["permuted", "split"])
-def test_validation_and_training_samples_are_the_training_set_once(task: Task) -> None:
-    raw = make_raw()
-    data = task.data(raw, 5, "unit", seed=0)
-    own = raw.train_inputs if task.classes is None else raw.train_inputs[np.isin(raw.train_labels, task.classes)]
-    train, validation = identities(data.train.inputs), identities(data.validation.inputs)
+@SEQUENCES
+def test_validation_and_training_samples_are_the_training_set_once(tasks: tuple[Task, ...]) -> None:
+    data, raw = make_scenario(tasks).data(1), make_raw()
+    classes = tasks[1].classes
+    own = raw.train_inputs if classes is None else raw.train_inputs[np.isin(raw.train_labels, classes)]
+    train, validation = identities(data.train), identities(data.validation)
     assert not train & validation
     assert train | validation == set(own[:, 0, 0].tolist())
     assert (len(data.validation), len(data.train)) == (5, len(own) - 5)
 
 
-@pytest.mark.parametrize("task", [PERMUTED.task(1, 5), SPLIT.task(1, 5)], ids=["permuted", "split"])
-def test_test_samples_are_never_in_training_or_validation(task: Task) -> None:
-    raw = make_raw()
-    data = task.data(raw, 5, "unit", seed=0)
-    test = identities(data.test.inputs)
-    assert test <= set(raw.test_inputs[:, 0, 0].tolist())
-    assert not test & (identities(data.train.inputs) | identities(data.validation.inputs))
+@SEQUENCES
+def test_test_samples_are_never_in_training_or_validation(tasks: tuple[Task, ...]) -> None:
+    data = make_scenario(tasks).data(1)
+    test = identities(data.test)
+    assert test <= set(make_raw().test_inputs[:, 0, 0].tolist())
+    assert not test & (identities(data.train) | identities(data.validation))
 
 
 def test_the_validation_split_is_seeded() -> None:
-    task, raw = PERMUTED.task(0, 5), make_raw()
-    splits = [task.data(raw, 20, "unit", seed).validation.inputs for seed in (0, 0, 1)]
-    assert torch.equal(splits[0], splits[1])
-    assert identities(splits[0]) != identities(splits[2])
+    found = [make_scenario(validation=20, seed=seed).data(0).validation for seed in (0, 0, 1)]
+    assert torch.equal(found[0].inputs, found[1].inputs)
+    assert identities(found[0]) != identities(found[2])
 
 
 def test_every_task_of_a_permuted_sequence_holds_out_the_same_samples() -> None:
-    raw = make_raw()
-    held_out = [PERMUTED.task(index, 5).data(raw, 20, "unit", 0).validation.inputs for index in range(2)]
-    assert torch.equal(*held_out)
+    scenario = make_scenario(validation=20)
+    assert torch.equal(*(scenario.data(index).validation.inputs for index in range(2)))
 
 
 def test_samples_keep_their_labels() -> None:
-    data = PERMUTED.task(0, 5).data(make_raw(), 20, "unit", 0)
-    for split in (data.train, data.validation, data.test):
+    for split in splits(make_scenario().data(0)):
         assert torch.equal(split.labels, split.inputs[:, 0, 0] % 10)
 
 
-@pytest.mark.parametrize("validation", [0, 60, 100])
-def test_a_validation_split_that_leaves_nothing_is_refused_with_the_allowed_sizes(validation: int) -> None:
-    with pytest.raises(InputError, match=f"scenario.validation: {validation} samples .* allowed: 1 to 59"):
-        PERMUTED.task(0, 5).data(make_raw(), validation, "unit", 0)
+def test_a_validation_share_is_of_each_tasks_own_training_set() -> None:
+    tasks = (Task(0, "many", (0, 1, 2, 3)), Task(1, "few", (4,)))
+    scenario = make_scenario(tasks, validation=0.25)
+    assert [len(scenario.data(index).validation) for index in range(2)] == [6, 2]
+
+
+@pytest.mark.parametrize("validation", [0, 60, 100, 0.001, 0.999])
+def test_a_validation_split_that_leaves_nothing_is_refused_with_the_allowed_sizes(validation: float) -> None:
+    with pytest.raises(InputError, match=r"scenario.validation: \d+ samples .* allowed: 1 to 59"):
+        make_scenario(validation=validation).data(0)
+
+
+def test_samples_are_not_copied_before_they_are_asked_for() -> None:
+    raw = make_raw()
+    for split in splits(make_scenario(raw=raw).data(0)):
+        assert split.source is raw.train_inputs or split.source is raw.test_inputs
+        assert "inputs" not in vars(split)
+        assert split.inputs is split.inputs
 
 
 # Permuted tasks
@@ -89,7 +95,7 @@ def test_a_validation_split_that_leaves_nothing_is_refused_with_the_allowed_size
 
 def permutation(index: int, seed: int) -> Tensor:
     raw = replace(make_raw(), train_inputs=np.zeros((60, 8, 8), np.uint8))
-    found = PERMUTED.task(index, 5).data(raw, 5, "unit", seed).info.transform.permutation
+    found = make_scenario(raw=raw, seed=seed).data(index).info.transform.permutation
     assert found is not None
     return found
 
@@ -108,144 +114,172 @@ def test_a_permutation_is_the_same_when_asked_for_again() -> None:
 
 
 def test_permuted_tasks_keep_all_classes_and_raw_samples_in_order_of_pixels() -> None:
-    data = PERMUTED.task(1, 5).data(make_raw(), 5, "unit", 0)
+    data = make_scenario().data(1)
     assert data.info.num_classes == 10
     assert data.info.input_shape == (2, 2)
     assert data.train.inputs.dtype == torch.uint8
     assert (data.train.inputs[:, 1, 1] == 7).all()
 
 
-def test_permuted_tasks_do_not_depend_on_the_length_of_the_sequence() -> None:
-    assert PERMUTED.task(1, 2) == PERMUTED.task(1, 10)
-
-
 # Split tasks
 
 
-def test_split_tasks_share_out_the_classes_in_order() -> None:
-    assert [SPLIT.task(index, 5).classes for index in range(5)] == [(0, 1), (2, 3), (4, 5), (6, 7), (8, 9)]
-    assert [SPLIT.task(index, 2).classes for index in range(2)] == [(0, 1, 2, 3, 4), (5, 6, 7, 8, 9)]
+@pytest.mark.parametrize("num_tasks", [5, 2])
+def test_split_tasks_share_out_the_classes_in_order(num_tasks: int) -> None:
+    wanted = Wanted("split_digits", num_tasks, root=None)  # type: ignore[arg-type]
+    tasks = wanted.shares([str(label) for label in range(10)], {})
+    assert [label for task in tasks for label in task.classes or ()] == list(range(10))
+    assert {len(task.classes or ()) for task in tasks} == {10 // num_tasks}
 
 
 def test_split_tasks_count_their_labels_from_zero() -> None:
-    data = SPLIT.task(3, 5).data(make_raw(), 3, "unit", 0)
+    data = make_scenario(SPLIT).data(3)
     assert data.info.num_classes == 2
-    for split in (data.train, data.validation, data.test):
+    for split in splits(data):
         assert torch.equal(split.labels, split.inputs[:, 0, 0] % 10 - 6)
 
 
 def test_labels_follow_the_order_of_the_tasks_classes() -> None:
-    data = Task(0, "two", (7, 2)).data(make_raw(), 3, "unit", 0)
+    data = make_scenario((Task(0, "two", (7, 2)),)).data(0)
     assert torch.equal(data.test.labels, (data.test.inputs[:, 0, 0] % 10 == 2).long())
 
 
 def test_split_tasks_are_not_permuted() -> None:
-    assert SPLIT.task(0, 5).data(make_raw(), 3, "unit", 0).info.transform.permutation is None
+    assert make_scenario(SPLIT).data(0).info.transform.permutation is None
+
+
+def test_a_task_selects_from_its_own_data_set() -> None:
+    raw = make_raw()
+    other = replace(raw, train_inputs=raw.train_inputs + 100, num_classes=10)
+    scenario = Scenario((raw, other), (Task(0, "a"), Task(1, "b", (3, 4), source=1)), 5)
+    assert min(identities(scenario.data(1).train)) > 100
+    assert set(scenario.data(1).train.labels.tolist()) == {0, 1}
 
 
 # Scaling
 
 
 def test_unit_scaling_divides_by_the_largest_pixel_value() -> None:
-    info = PERMUTED.task(0, 5).data(make_raw(), 5, "unit", 0).info
-    assert (info.transform.mean, info.transform.std) == (0.0, 255.0)
+    transform = make_scenario(raw=replace(make_raw(), scale=16.0)).data(0).info.transform
+    assert (transform.mean, transform.std) == ((0.0,), (16.0,))
 
 
-@pytest.mark.parametrize("scenario", [PERMUTED, SPLIT], ids=["permuted", "split"])
-def test_standard_scaling_is_over_all_training_pixels_and_no_test_pixel(scenario: object) -> None:
+@SEQUENCES
+def test_standard_scaling_is_over_the_first_tasks_own_training_split(tasks: tuple[Task, ...]) -> None:
+    scenario = make_scenario(tasks, scaling="standard")
+    seen = scenario.data(0).train.inputs.double()
+    for index in (0, 3):
+        transform = scenario.data(index).info.transform
+        assert transform.mean == pytest.approx([seen.mean().item()], rel=1e-12)
+        assert transform.std == pytest.approx([seen.std(correction=0).item()], rel=1e-12)
+
+
+def test_scaling_reads_no_validation_sample_no_later_class_and_no_test_sample() -> None:
     raw = make_raw()
-    assert scenario in (PERMUTED, SPLIT)
-    task = PERMUTED.task(1, 5) if scenario is PERMUTED else SPLIT.task(1, 5)
-    transform = task.data(raw, 5, "standard", 0).info.transform
-    assert transform.mean == pytest.approx(raw.train_inputs.mean(), rel=1e-12)
-    assert transform.std == pytest.approx(raw.train_inputs.std(), rel=1e-12)
+    held_out = make_scenario(SPLIT, raw, scaling="standard").data(0).validation.index
+    changed = raw.train_inputs.copy()
+    changed[held_out] = 255
+    changed[raw.train_labels > 1] = 255
+    other = replace(raw, train_inputs=changed, test_inputs=raw.test_inputs * 0)
+    found = [make_scenario(SPLIT, each, scaling="standard").data(2).info.transform for each in (raw, other)]
+    assert found[0] == found[1]
 
 
-# Data sets
+def make_images(channels: int = 3) -> RawData:
+    """60 random images [channels, 4, 5], each channel in a range of its own."""
+    values = np.random.default_rng(0).integers(0, 50, (60, channels, 4, 5)).astype(np.uint8)
+    values += 60 * np.arange(channels, dtype=np.uint8)[:, None, None]
+    labels = np.arange(60) % 10
+    return RawData(values[:40], labels[:40], values[40:], labels[40:], 10)
 
 
-def test_a_data_sets_digest_changes_with_any_sample_or_label() -> None:
+def test_standard_scaling_is_for_each_channel() -> None:
+    data = make_scenario(raw=make_images(), scaling="standard", tasks=SPLIT, flatten=False, validation=2).data(0)
+    values = data.info.transform(data.train.inputs)
+    assert values.mean((0, 2, 3)).numpy() == pytest.approx(0, abs=1e-5)
+    assert values.std((0, 2, 3), correction=0).numpy() == pytest.approx(1, rel=1e-5)
+
+
+def test_a_channel_of_one_value_only_becomes_zero() -> None:
+    raw = replace(make_raw(), train_inputs=np.full((60, 2, 2), 9, np.uint8))
+    data = make_scenario(raw=raw, scaling="standard").data(0)
+    assert (data.info.transform(data.train.inputs) == 0).all()
+
+
+# The input transform
+
+
+@pytest.mark.parametrize("raw_shape", [(12,), (3, 4), (3, 2, 2)])
+def test_a_network_sees_flat_samples_or_images(raw_shape: tuple[int, ...]) -> None:
+    inputs = np.zeros((60, *raw_shape), np.uint8)
+    raw = RawData(inputs, np.arange(60) % 10, inputs, np.arange(60) % 10, 10)
+    found = []
+    for flatten in (True, False):
+        data = make_scenario(raw=raw, flatten=flatten).data(0)
+        assert data.info.input_shape == raw_shape
+        found.append(tuple(data.info.transform(data.test.inputs).shape))
+    images = {1: (12,), 2: (1, 3, 4), 3: (3, 2, 2)}[len(raw_shape)]
+    assert found == [(60, 12), (60, *images)]
+
+
+@pytest.mark.parametrize("flatten", [True, False])
+@pytest.mark.parametrize("tasks", [PERMUTED, SPLIT], ids=["permuted", "split"])
+def test_a_transform_is_scaling_by_channel_and_then_taking_values_in_order(
+    flatten: bool, tasks: tuple[Task, ...]
+) -> None:
+    data = make_scenario(tasks, make_images(), scaling="standard", flatten=flatten, validation=2).data(1)
+    transform, raw = data.info.transform, data.test.inputs
+    channels = [
+        (raw[:, index].float() - mean) / std
+        for index, (mean, std) in enumerate(zip(transform.mean, transform.std, strict=True))
+    ]
+    expected = torch.stack(channels, 1).flatten(1)
+    if transform.permutation is not None:
+        expected = expected[:, transform.permutation]
+    assert torch.equal(transform(raw).flatten(1), expected)
+
+
+# The digest
+
+
+def test_a_tasks_digest_changes_with_any_sample_label_or_setting() -> None:
     raw = make_raw()
-    digests = {raw.digest, make_raw().digest}
-    for name in ("train_inputs", "train_labels", "test_inputs", "test_labels"):
+    tasks = (Task(0, "a", tuple(range(10))),)
+    digests = {make_scenario(tasks, raw).data(0).digest, make_scenario(tasks, make_raw()).data(0).digest}
+    for name in ("train_inputs", "test_inputs", "train_labels", "test_labels"):
         array = getattr(raw, name).copy()
-        array.flat[-1] += 1
-        digests.add(replace(raw, **{name: array}).digest)
-    assert len(digests) == 5
+        array.flat[3] -= 1
+        digests.add(make_scenario(tasks, replace(raw, **{name: array})).data(0).digest)
+    for settings in ({"validation": 6}, {"seed": 1}, {"scaling": "standard"}):
+        digests.add(make_scenario(tasks, raw, **settings).data(0).digest)
+    digests.add(make_scenario(tasks, replace(raw, scale=100.0)).data(0).digest)
+    digests.add(make_scenario((replace(tasks[0], permuted=True),), raw).data(0).digest)
+    digests.add(make_scenario((replace(tasks[0], classes=tuple(range(10))[::-1]),), raw).data(0).digest)
+    assert len(digests) == 11
 
 
-def test_the_digits_are_1797_samples_of_which_400_are_for_testing() -> None:
-    raw = load_digits(Path("unused"))
-    assert raw.train_inputs.shape == (1397, 8, 8)
-    assert raw.test_inputs.shape == (400, 8, 8)
-    assert (raw.train_inputs.max(), raw.scale) == (16, 16.0)
-    assert set(raw.test_labels) == set(range(10))
-    # Part of the definition: the seeded shuffle must never change under a run that is resumed.
-    assert raw.digest == load_digits(Path("elsewhere")).digest
+def test_a_tasks_digest_does_not_depend_on_what_other_tasks_there_are() -> None:
+    more = replace(make_raw(), num_classes=12)
+    assert make_scenario(SPLIT[:2]).data(1).digest == make_scenario(SPLIT, more).data(1).digest
 
 
-def test_mnist_is_read_from_the_root_folder(shared_data: Path) -> None:
-    raw = load_mnist(shared_data)
-    assert (raw.train_inputs.shape, raw.test_inputs.shape) == ((60000, 28, 28), (10000, 28, 28))
-    assert raw.train_labels[:5].tolist() == [5, 0, 4, 1, 9]
-    assert raw.mean_and_std == pytest.approx((0.1306604762738429 * 255, 0.30810780717887876 * 255))
+# Kinds
 
 
-def test_mnist_is_downloaded_to_the_root_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from torchvision.datasets import MNIST
-
-    served, values = tmp_path / "served", np.arange(20 * 28 * 28).astype(np.uint8).reshape(20, 28, 28)
-    served.mkdir()
-    digests = []
-    for name, array in (
-        ("train-images-idx3-ubyte", values),
-        ("train-labels-idx1-ubyte", np.arange(20, dtype=np.uint8) % 10),
-        ("t10k-images-idx3-ubyte", values[:7]),
-        ("t10k-labels-idx1-ubyte", np.arange(7, dtype=np.uint8)),
-    ):
-        header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes()
-        packed = gzip.compress(header + array.tobytes())
-        (served / f"{name}.gz").write_bytes(packed)
-        digests.append((f"{name}.gz", hashlib.md5(packed).hexdigest()))
-    handler = partial(SimpleHTTPRequestHandler, directory=str(served))
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setattr(MNIST, "mirrors", [f"http://127.0.0.1:{server.server_port}/"])
-        monkeypatch.setattr(MNIST, "resources", digests)
-        raw = load_mnist(tmp_path / "root")
-        server.shutdown()
-    assert np.array_equal(raw.train_inputs, values)
-    assert raw.test_labels.tolist() == list(range(7))
-    assert load_mnist(tmp_path / "root").digest == raw.digest  # the server has ended: read from the folder
+@pytest.mark.parametrize("name", ["permuted_digits", "split_digits"])
+def test_every_scenario_gives_as_many_tasks_as_it_says_by_default(name: str, tmp_path: Any) -> None:
+    kind = SCENARIOS[name]
+    sets, tasks = kind.load(Wanted(name, kind.tasks, tmp_path))
+    assert [task.index for task in tasks] == list(range(kind.tasks or 0))
+    assert len({task.name for task in tasks}) == kind.tasks
+    assert len(sets) == 1
 
 
-@pytest.mark.parametrize("keep", [0, 3, 100])
-def test_a_damaged_mnist_is_refused_with_the_folder(shared_data: Path, tmp_path: Path, keep: int) -> None:
-    raw = tmp_path / "MNIST" / "raw"
-    shutil.copytree(shared_data / "MNIST" / "raw", raw)
-    damaged = raw / "t10k-labels-idx1-ubyte"
-    damaged.chmod(0o644)
-    damaged.write_bytes(damaged.read_bytes()[:keep])
-    with pytest.raises(InputError, match=rf"scenario.root: MNIST under {tmp_path} can be neither read"):
-        load_mnist(tmp_path)
+@pytest.mark.parametrize("name", ["permuted_dogs", "torchvision:", "a:", ":b", "a.:b", "a b:c", "a/b:c", ""])
+def test_another_name_is_of_no_kind(name: str) -> None:
+    assert kind_of(name) is None
 
 
-def test_an_mnist_that_cannot_be_had_is_refused_with_the_folder(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("no folder")
-    with pytest.raises(InputError, match=r"scenario.root: MNIST under .*file can be neither read nor downloaded"):
-        load_mnist(tmp_path / "file")
-
-
-def test_a_torchvision_that_does_not_fit_torch_is_an_input_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "torchvision.datasets", None)  # its import fails
-    with pytest.raises(InputError, match=r"torchvision cannot be imported: .*\n.*uv sync"):
-        load_mnist(Path("anywhere"))
-
-
-@pytest.mark.parametrize("name", SCENARIOS)
-def test_every_scenario_gives_as_many_tasks_as_it_says_by_default(name: str) -> None:
-    scenario = SCENARIOS[name]
-    tasks = [scenario.task(index, scenario.tasks) for index in range(scenario.tasks)]
-    assert [task.index for task in tasks] == list(range(scenario.tasks))
-    assert len({task.name for task in tasks}) == scenario.tasks
-    assert not scenario.allowed_tasks or scenario.tasks in scenario.allowed_tasks
+@pytest.mark.parametrize("name", ["torchvision:FashionMNIST", "a:b", "a.b_1:c.d"])
+def test_torchvisions_data_sets_and_import_paths_are_kinds(name: str) -> None:
+    assert kind_of(name) is not None

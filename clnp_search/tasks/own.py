@@ -1,0 +1,98 @@
+"""A user's own scenario: what their function gives, and how it is checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from clnp_search.errors import InputError
+from clnp_search.importing import described, imported
+from clnp_search.tasks.data import RawData, label_faults, require
+
+ARRAYS = ("train_inputs", "train_labels", "test_inputs", "test_labels")
+
+
+class OwnTask(Protocol):
+    """One task of a user's own scenario; the function that a sweep names returns a sequence of such objects.
+
+    Any object with these attributes will do. Arrays are numpy arrays or torch tensors on the CPU:
+
+    - inputs: uint8 raw values 0 to 255, of equal sample shape in all tasks: images [N, C, H, W], grey images
+      [N, H, W], or flat samples [N, values];
+    - labels: integers [N], 0 to `num_classes` - 1 within the task, each in training and test.
+    """
+
+    name: str
+    train_inputs: Any
+    train_labels: Any
+    test_inputs: Any
+    test_labels: Any
+    num_classes: int
+
+
+def load_own(
+    path: str, modules: Path, arguments: Mapping[str, Any], tasks: int | None
+) -> tuple[tuple[RawData, ...], tuple[str, ...]]:
+    """The data and the name of each task that the function at an import path gives.
+
+    Args:
+        path: `package.module:function`.
+        modules: The folder where its module lies, if it is not installed.
+        arguments: What it is called with, by name.
+        tasks: How many of its tasks are wanted; None for all.
+
+    Raises:
+        InputError: There is no such function, it fails, or what it gives has faults; names them all.
+    """
+    key = f"scenario.name: {path!r}"
+    with imported("scenario.name", path, modules) as function:
+        try:
+            given: list[OwnTask] = list(function(**arguments))
+        except Exception as error:  # a user's function may raise anything
+            raise InputError(f"{key}: calling it raised {described(error)}") from error
+    if not given:
+        raise InputError(f"{key}: it gave no task")
+    if tasks is not None and tasks > len(given):
+        raise InputError(f"scenario.tasks: {tasks}; {path} gives {len(given)}")
+    given = given[:tasks]
+    require((fault for index, task in enumerate(given) for fault in _faults(index, task, given[0])), path)
+    raw = tuple(
+        RawData(
+            np.ascontiguousarray(task.train_inputs),
+            np.asarray(task.train_labels).astype(np.int64),
+            np.ascontiguousarray(task.test_inputs),
+            np.asarray(task.test_labels).astype(np.int64),
+            int(task.num_classes),
+        )
+        for task in given
+    )
+    require((f"task {index}: {fault}" for index, each in enumerate(raw) for fault in label_faults(each)), path)
+    return raw, tuple(str(task.name) for task in given)
+
+
+def _faults(index: int, task: OwnTask, first: OwnTask) -> Iterator[str]:
+    """What keeps a task from being read at all."""
+    where = f"task {index}"
+    needed = OwnTask.__annotations__
+    if missing := [name for name in needed if not hasattr(task, name)]:
+        yield f"{where}: a {type(task).__name__} without {', '.join(missing)}; a task has {', '.join(needed)}"
+        return
+    arrays = {name: np.asarray(getattr(task, name)) for name in ARRAYS}
+    shape = np.asarray(first.train_inputs).shape[1:] if hasattr(first, "train_inputs") else ()
+    for name in ("train_inputs", "test_inputs"):
+        array = arrays[name]
+        if array.dtype != np.uint8:
+            yield f"{where}: {name} is {array.dtype}; allowed: uint8, raw values 0 to 255"
+        if not 2 <= array.ndim <= 4:
+            yield f"{where}: {name} has shape {array.shape}; allowed: [N, C, H, W], [N, H, W] or [N, values]"
+        elif array.shape[1:] != shape:
+            yield f"{where}: {name} has samples of shape {array.shape[1:]}, task 0 trains on {shape}"
+    for split in ("train", "test"):
+        inputs, labels = arrays[f"{split}_inputs"], arrays[f"{split}_labels"]
+        if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+            yield f"{where}: {split}_labels is {labels.dtype} of shape {labels.shape}; allowed: integers [N]"
+        elif not len(labels) or len(labels) != len(inputs):
+            yield f"{where}: {len(labels)} {split}_labels for {len(inputs)} {split}_inputs"
