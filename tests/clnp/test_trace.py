@@ -1,0 +1,425 @@
+"""Modules as graphs: each op by a small module, what is refused and why, and torchvision's networks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+from clnp_search.clnp.graph import INPUT, Graph, run
+from clnp_search.clnp.ops import ACTIVATIONS, Activation
+from clnp_search.clnp.trace import NetworkRefused, Refused, Traced, trace
+
+MAPS = (3, 8, 8)
+
+
+class Forward(nn.Module):
+    """Layers by name, and a forward of them."""
+
+    def __init__(self, forward: Callable[..., Any], **layers: nn.Module | nn.Parameter) -> None:
+        super().__init__()
+        self.call = forward
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.call(self, x)
+
+
+def around(middle: Callable[[Any, Tensor], Tensor], channels: int = 4, **layers: nn.Module | nn.Parameter) -> Forward:
+    """A network with something between its first convolution (of 4 channels) and its head."""
+
+    def forward(net: Any, x: Tensor) -> Tensor:
+        return net.head(torch.flatten(net.pool(middle(net, net.first(x))), 1))
+
+    head = nn.Linear(channels * 4, 5)
+    return Forward(forward, first=nn.Conv2d(3, 4, 3), pool=nn.AdaptiveAvgPool2d(2), head=head, **layers)
+
+
+def randomised(module: nn.Module, seed: int = 0) -> nn.Module:
+    """A module with random parameters and statistics, none of which is like another."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+        for name, buffer in module.named_buffers():
+            if name.endswith(("running_mean", "running_var")):
+                buffer.copy_(torch.rand(buffer.shape, generator=generator) + 0.5)
+    return module
+
+
+def assert_same(module: nn.Module, input_shape: tuple[int, ...] = MAPS, traced: Traced | None = None) -> Graph:
+    """The graph of a module, which computes what the module does, and is the same when it is read back."""
+    traced = traced or trace(randomised(module), input_shape)
+    example = torch.randn(3, *input_shape, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        ours = run(traced.graph, {INPUT: example}, traced.tensors(module))[traced.graph.nodes[-1].name]
+        torch.testing.assert_close(ours, module.eval()(example.clone()), rtol=1e-5, atol=1e-5)
+    assert Graph.from_json(traced.graph.to_json()) == traced.graph
+    return traced.graph
+
+
+def reasons(module: nn.Module, input_shape: tuple[int, ...] = MAPS) -> list[Refused]:
+    """Why a module is refused."""
+    with pytest.raises(NetworkRefused) as caught:
+        trace(module, input_shape)
+    return list(caught.value.refused)
+
+
+def reason(module: nn.Module, input_shape: tuple[int, ...] = MAPS) -> tuple[str, str]:
+    """The one reason why a module is refused, with its place."""
+    (found,) = reasons(module, input_shape)
+    return found.module, found.reason
+
+
+# Ops
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(4, 4, 3, stride=2, padding=1, dilation=2),
+        nn.Conv2d(4, 4, (1, 3), padding="same", bias=False),
+        nn.Conv2d(4, 4, 2, padding="valid"),
+        nn.Conv2d(4, 4, 3, groups=4),
+        nn.Conv2d(4, 4, 3, padding=(1, 0), groups=4, bias=False),
+        nn.BatchNorm2d(4, eps=1e-3),
+        nn.BatchNorm2d(4, affine=False),
+        nn.PReLU(4),
+        nn.MaxPool2d(3, 2, 1, ceil_mode=True),
+        nn.MaxPool2d(2, 1, dilation=2),
+        nn.AvgPool2d(3, 1, 1, count_include_pad=False),
+        nn.AvgPool2d((2, 1)),
+        nn.AdaptiveAvgPool2d((None, 2)),
+        nn.AdaptiveMaxPool2d(3),
+        nn.Dropout(0.3),
+        nn.Dropout2d(0.3),
+        nn.Identity(),
+        nn.Sequential(),
+        torchvision.ops.SqueezeExcitation(4, 2),
+        torchvision.ops.StochasticDepth(0.5, "row"),
+        torchvision.ops.Conv2dNormActivation(4, 4),
+    ],
+    ids=repr,
+)
+def test_a_layer_computes_what_it_did(layer: nn.Module) -> None:
+    assert_same(around(lambda net, x: net.layer(x), layer=layer))
+
+
+@pytest.mark.parametrize("name", sorted(ACTIVATIONS))
+def test_an_activation_computes_what_it_did_as_a_layer_and_as_a_function(name: str) -> None:
+    kind = next(getattr(nn, each) for each in dir(nn) if each.lower() == name.replace("_", ""))
+    arguments = (0.1, 0.5) if name == "threshold" else ()
+    assert_same(around(lambda net, x: net.layer(x), layer=kind(*arguments)))
+    graph = assert_same(around(lambda net, x: getattr(F, name)(x, *arguments)))
+    assert Activation(name, graph.nodes[1].op.arguments) == graph.nodes[1].op  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [nn.LeakyReLU(0.3), nn.ELU(0.5), nn.GELU("tanh"), nn.Hardtanh(-0.2, 0.4), nn.Softplus(2, 3), nn.Hardshrink(0.1)],
+    ids=repr,
+)
+def test_an_activation_keeps_its_settings(layer: nn.Module) -> None:
+    assert_same(around(lambda net, x: net.layer(x), layer=layer))
+
+
+FORWARDS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "functions": lambda net, x: F.max_pool2d(F.relu(torch.sigmoid(x)), 2),
+    "methods": lambda net, x: x.relu().tanh().clamp(-0.5, 0.2),
+    "functional settings": lambda net, x: F.avg_pool2d(F.leaky_relu(x, 0.3, True), kernel_size=2, stride=1),
+    "pool to a size": lambda net, x: F.avg_pool2d(x, x.size()[2:]),
+    "residual": lambda net, x: x + net.layer(x),
+    "residual in place": lambda net, x: net.layer(x).add_(x),
+    "sum": lambda net, x: sum([x, net.layer(x)]),
+    "dense": lambda net, x: net.wide(torch.cat([x, net.layer(x)], 1)),
+    "by itself": lambda net, x: x * x + x,
+    "numbers": lambda net, x: -(1 - 2 * x) / 3 + 0.5,
+    "hand-written swish": lambda net, x: x * F.relu6(x + 3) / 6,
+    "gate of flat values": lambda net, x: x * torch.sigmoid(net.linear(x.mean((2, 3))))[:, :, None, None],
+    "gate by view and expand": lambda net, x: (
+        x * torch.sigmoid(net.linear(F.adaptive_avg_pool2d(x, 1).view(x.size(0), -1))).view(-1, 4, 1, 1).expand_as(x)
+    ),
+    "gate of a mean that keeps dimensions": lambda net, x: x * torch.sigmoid(x.mean([2, 3], keepdim=True)),
+    "mean over a view": lambda net, x: x * x.flatten(2).mean(-1).unsqueeze(-1).unsqueeze(-1),
+    "changes in place": lambda net, x: x.add_(1) * 0 + F.relu(x, inplace=True) + x,
+    "checks of shapes": lambda net, x: net.layer(x) if x.shape[1] == 4 and x.dim() == 4 else x.sum(),
+    "there and back": lambda net, x: x.flatten(2).reshape(x.shape).contiguous().clone(),
+}
+
+
+@pytest.mark.parametrize("name", FORWARDS)
+def test_a_forward_computes_what_it_did(name: str) -> None:
+    layers = {"layer": nn.Conv2d(4, 4, 1), "wide": nn.Conv2d(8, 4, 1), "linear": nn.Linear(4, 4)}
+    assert_same(around(FORWARDS[name], **layers))
+
+
+def test_flat_values_are_traced_too() -> None:
+    layers = [nn.Flatten(), nn.Linear(12, 6), nn.BatchNorm1d(6), nn.PReLU(6), nn.Dropout(), nn.Linear(6, 4, bias=False)]
+    assert_same(nn.Sequential(*layers), (12,))
+    graph = assert_same(nn.Sequential(*layers), (1, 3, 4))
+    assert graph.shapes(graph.by_name["1"]) == {"weight": (6, 1, 12), "bias": (6,)}
+
+
+def test_a_layer_behind_a_flatten_reads_each_units_positions() -> None:
+    graph = assert_same(around(lambda net, x: x))
+    assert graph.shapes(graph.by_name["head"], classes=5)["weight"] == (5, 4, 4)
+
+
+def test_a_convolution_can_be_the_head() -> None:
+    graph = assert_same(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 1), nn.ReLU(), nn.AvgPool2d(6), nn.Flatten()))
+    assert graph.head == "1"
+    assert graph.groups == {"0": 4}
+
+
+def test_what_the_logits_do_not_depend_on_is_left_out() -> None:
+    def middle(net: Any, x: Tensor) -> Tensor:
+        F.softmax(net.layer(x), 1)
+        return x
+
+    graph = assert_same(around(middle, layer=nn.Conv2d(4, 4, 1)))
+    assert "layer" not in graph.by_name
+
+
+def test_what_meets_in_a_sum_is_one_group_named_by_its_first_writer() -> None:
+    graph = assert_same(around(lambda net, x: x + net.layer(x), layer=nn.Conv2d(4, 4, 1)))
+    assert graph.groups == {"first": 4}
+
+
+def test_nodes_have_the_modules_names_and_each_call_its_own() -> None:
+    block = Forward(lambda net, x: net.relu(net.relu(x) + x), relu=nn.ReLU())
+    graph = assert_same(around(lambda net, x: net.layer1(x) + x, layer1=nn.Sequential(block)))
+    names = ["first", "layer1.0.relu", "layer1.0.add", "layer1.0.relu_1", "add", "pool", "flatten", "head"]
+    assert [node.name for node in graph.nodes] == names
+
+
+def test_a_module_named_like_the_input_or_the_classes_keeps_its_tensors() -> None:
+    layers = {"input": nn.Linear(6, 4), "classes": nn.Linear(4, 5)}
+    assert_same(Forward(lambda net, x: net.classes(F.relu(net.input(x))), **layers), (6,))
+
+
+def test_arguments_with_defaults_keep_them() -> None:
+    class Optional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(6, 3)
+
+        def forward(self, x: Tensor, features: bool = False, mask: Tensor | None = None) -> Tensor:
+            return x if features or mask is not None else self.head(x)
+
+    assert_same(Optional(), (6,))
+
+
+def test_a_module_comes_back_as_it_was() -> None:
+    module = around(lambda net, x: net.norm(net.drop(x)), norm=nn.BatchNorm2d(4), drop=nn.Dropout())
+    module.drop.eval()  # type: ignore[operator]
+    before, state = {name: each.training for name, each in module.named_modules()}, torch.get_rng_state()
+    tensors = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    trace(module, MAPS)
+    assert {name: each.training for name, each in module.named_modules()} == before
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in module.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_tensors_are_those_of_the_module_that_is_given() -> None:
+    traced = trace(randomised(nn.Linear(4, 2), 0), (4,))
+    other = randomised(nn.Linear(4, 2), 1)
+    (tensors,) = traced.tensors(other).values()
+    assert torch.equal(tensors["weight"][:, :, 0], other.weight)
+    tensors["weight"].zero_()
+    assert other.weight.any()
+
+
+# Refused
+
+
+@pytest.mark.parametrize(
+    ("layer", "part"),
+    [
+        (nn.LayerNorm(6), "LayerNorm normalises over several units"),
+        (nn.GroupNorm(2, 4), "GroupNorm normalises over several units"),
+        (nn.LocalResponseNorm(2), "LocalResponseNorm normalises over several units"),
+        (nn.Softmax(1), "Softmax makes a unit's value from other units"),
+        (nn.ChannelShuffle(2), "ChannelShuffle moves values between channels"),
+        (nn.Conv2d(4, 4, 1, groups=2), "Conv2d of 4 -> 4 channels in 2 groups"),
+        (nn.Conv2d(4, 8, 1, groups=4), "Conv2d of 4 -> 8 channels in 4 groups"),
+        (nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), "padding_mode 'reflect'; allowed: zeros"),
+        (nn.BatchNorm2d(4, track_running_stats=False), "without running statistics"),
+        (nn.PReLU(), "use PReLU(4)"),
+        (nn.Upsample(scale_factor=2), "Upsample is none of the operations that are known"),
+        (parametrizations.weight_norm(nn.Conv2d(4, 4, 1)), "computes its parameters from others"),
+    ],
+    ids=repr,
+)
+def test_a_layer_is_refused_by_its_name(layer: nn.Module, part: str) -> None:
+    place, text = reason(around(lambda net, x: net.blocks(x), blocks=nn.ModuleList([layer])[0]))
+    assert place == "blocks"
+    assert part in text
+
+
+@pytest.mark.parametrize(
+    ("forward", "part"),
+    [
+        (lambda net, x: F.softmax(x, 1), "softmax makes a unit's value from other units"),
+        (lambda net, x: x.view(x.size(0), 2, 2, 6, 6).transpose(1, 2).reshape(x.shape), "view from [batch, 4, 6, 6]"),
+        (lambda net, x: x.permute(0, 1, 3, 2), "permute moves values"),
+        (lambda net, x: torch.cat(x.chunk(2, 1)[::-1], 1), "chunk takes channels apart"),
+        (lambda net, x: x[:, [1, 0, 2, 3]], "getitem from"),
+        (lambda net, x: x[:, :, ::2], "getitem from"),
+        (lambda net, x: x * x.mean(1, keepdim=True), "mean of [batch, 4, 6, 6] over dimensions [1]"),
+        (lambda net, x: x * x[:, :1].expand_as(x), "getitem from"),
+        (lambda net, x: x * net.scale, "mul reads the tensor 'scale'"),
+        (lambda net, x: F.conv2d(x, net.scale), "conv2d reads the tensor 'scale'"),
+        (lambda net, x: x * x.max().item(), "item makes a number of the data"),
+        (lambda net, x: x if x.sum() > 0 else -x, "control flow"),
+        (lambda net, x: next(x for _ in range(len(x))), "cannot be followed"),
+        (lambda net, x: F.dropout(x), "acts in evaluation too"),
+        (lambda net, x: x / x, "of two tensors"),
+        (lambda net, x: x**2, "pow is none of the operations"),
+        (lambda net, x: torch.cat([x, x], 2), "allowed: 1, over channels"),
+    ],
+)
+def test_a_forward_is_refused_by_what_it_does(forward: Callable[[Any, Tensor], Tensor], part: str) -> None:
+    block = Forward(forward, scale=nn.Parameter(torch.ones(4, 4, 1, 1)))
+    network = around(lambda net, x: net.block(x), block=block)
+    if "scale" in part and "mul" in part:
+        block.scale = nn.Parameter(torch.ones(4, 1, 1))
+    place, text = reason(network)
+    assert place == "block"
+    assert part in text
+
+
+def test_every_reason_is_given_at_once_and_what_follows_from_one_is_none() -> None:
+    def forward(net: Any, x: Tensor) -> Tensor:
+        x = net.shuffle(net.first(x))
+        x = net.norm(net.grouped(net.second(x)))
+        if x.sum() > 0:
+            x = -x
+        return net.head(torch.flatten(x, 1))
+
+    layers = {
+        "first": nn.Conv2d(3, 4, 1),
+        "shuffle": nn.ChannelShuffle(2),
+        "second": nn.Conv2d(4, 4, 1),
+        "grouped": nn.Conv2d(4, 4, 1, groups=2),
+        "norm": nn.LayerNorm(8),
+        "head": nn.Linear(256, 2),
+    }
+    assert [each.module for each in reasons(Forward(forward, **layers))] == ["shuffle", "grouped", "norm", "Forward"]
+
+
+def test_control_flow_is_named_with_its_line() -> None:
+    _, text = reason(around(lambda net, x: x if x.sum() > 0 else -x))
+    assert "test_trace.py, line" in text
+
+
+def test_a_layer_that_is_called_twice_is_refused() -> None:
+    network = around(lambda net, x: net.layer(net.layer(x)), layer=nn.Conv2d(4, 4, 1))
+    assert reason(network) == ("layer", "is called twice: its units would be frozen in one place and free in another")
+
+
+def test_a_parameter_of_two_layers_is_refused() -> None:
+    network = around(lambda net, x: net.one(net.two(x)), one=nn.Conv2d(4, 4, 1), two=nn.Conv2d(4, 4, 1))
+    network.one.weight = network.two.weight
+    assert reason(network) == ("one", "shares its weight with two")
+
+
+def test_hooks_and_lazy_layers_are_refused() -> None:
+    network = around(lambda net, x: net.layer(x), layer=nn.Conv2d(4, 4, 1))
+    network.layer.register_forward_hook(lambda module, args, output: output * 2)  # type: ignore[operator, union-attr]
+    assert reason(network) == ("layer", "has hooks, which can change what it computes")
+    place, text = reason(around(lambda net, x: net.layer(x), layer=nn.LazyConv2d(4, 1)))
+    assert (place, "no shape yet" in text) == ("layer", True)
+
+
+def test_units_that_meet_the_input_or_the_classes_are_refused() -> None:
+    layer = nn.Conv2d(3, 3, 3, padding=1)
+    meets_input = Forward(
+        lambda net, x: net.head(torch.flatten(net.layer(x) + x, 1)), layer=layer, head=nn.Linear(192, 2)
+    )
+    assert "ties units to the input" in reason(meets_input)[1]
+    two = Forward(lambda net, x: net.one(x) + net.two(x), one=nn.Linear(4, 4), two=nn.Linear(4, 4))
+    assert "ties units to the classes" in reason(two, (4,))[1]
+
+
+@pytest.mark.parametrize(
+    ("module", "part"),
+    [
+        (nn.Flatten(), "has no linear layer"),
+        (nn.Sequential(nn.Linear(6, 3), nn.LogSoftmax(1)), "logits are wanted as they are"),
+        (nn.Sequential(nn.Linear(6, 3), nn.BatchNorm1d(3)), "has parameters after the head"),
+        (nn.Sequential(nn.Linear(6, 12), nn.Unflatten(1, (3, 2, 2))), "gives values of shape [batch, 3, 2, 2]"),
+        (Forward(lambda net, x: {"out": net.head(x)}, head=nn.Linear(6, 3)), "gives a dict"),
+        (Forward(lambda net, x: (net.head(x), x), head=nn.Linear(6, 3)), "gives a tuple"),
+        (nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 3)), "the samples' own"),
+        (nn.Sequential(nn.Linear(5, 3)), "fails: RuntimeError"),
+        (nn.Bilinear(6, 6, 3), "fails: TypeError"),
+    ],
+)
+def test_what_gives_no_logits_is_refused(module: nn.Module, part: str) -> None:
+    found = reasons(module, (6,))
+    assert any(part in each.reason for each in found), found
+
+
+# torchvision's networks
+
+
+def yardstick(name: str) -> tuple[nn.Module, tuple[int, int, int]]:
+    """One of torchvision's classification networks, and a small input for it."""
+    options: dict[str, Any] = {"googlenet": {"init_weights": False}, "vit_b_16": {"image_size": 32}}.get(name, {})
+    size = 64 if name == "alexnet" or "squeezenet" in name else 32
+    return torchvision.models.get_model(name, weights=None, num_classes=10, **options), (3, size, size)
+
+
+TRACED = [
+    "alexnet",
+    "densenet121",
+    "efficientnet_b0",
+    "googlenet",
+    "mnasnet0_5",
+    "mobilenet_v2",
+    "mobilenet_v3_large",
+    "mobilenet_v3_small",
+    "resnet18",
+    "resnet50",
+    "squeezenet1_0",
+    "squeezenet1_1",
+    "vgg11",
+    "vgg11_bn",
+    "wide_resnet50_2",
+]
+REFUSED = {
+    "convnext_tiny": {"features.0.1", "features.1.0.block.2"},
+    "regnet_y_400mf": {"trunk_output.block1.block1-0.f.b.0"},
+    "resnext50_32x4d": {"layer1.0.conv2", "layer4.2.conv2"},
+    "shufflenet_v2_x0_5": {"stage2.0", "stage4.3"},
+    "swin_t": {"features.1.0.norm1", "features.1.0.attn"},
+    "vit_b_16": {"encoder.layers.encoder_layer_0.ln_1", "encoder.layers.encoder_layer_11.self_attention"},
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight initialization:FutureWarning")
+@pytest.mark.parametrize("name", TRACED)
+def test_a_network_of_torchvision_is_traced(name: str) -> None:
+    module, input_shape = yardstick(name)
+    for buffer_name, buffer in module.named_buffers():
+        if buffer_name.endswith(("running_mean", "running_var")):
+            buffer.copy_(torch.rand(buffer.shape, generator=torch.Generator().manual_seed(0)) * 0.1 + 0.9)
+    graph = assert_same(module, input_shape, trace(module, input_shape))
+    parameters = sum(parameter.numel() for parameter in module.parameters())
+    statistics = sum(each.numel() for name, each in module.named_buffers() if name.endswith(("_mean", "_var")))
+    unused = sum(each.numel() for name, each in module.named_parameters() if name.startswith("aux"))
+    unused += sum(each.numel() for name, each in module.named_buffers() if name.startswith("aux") and each.ndim)
+    assert sum(graph.parameters(10).values()) == parameters + statistics - unused
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_network_of_torchvision_is_refused_by_the_names_of_its_modules(name: str) -> None:
+    module, input_shape = yardstick(name)
+    assert {each.module for each in reasons(module, input_shape)} >= REFUSED[name]
