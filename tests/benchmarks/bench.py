@@ -29,6 +29,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from clnp_search.clnp.graph import Graph, mlp, zenke
+from clnp_search.clnp.initial import draw
 from clnp_search.clnp.pack import Features, Pack
 from clnp_search.clnp.scan import Candidate, scan
 from clnp_search.clnp.state import Architecture, InputTransform, State, TaskInfo, commit
@@ -134,22 +136,29 @@ def matrix_rate(repeats: int, dtype: torch.dtype = torch.float32, size: int = 20
     return 2 * size**3 / min(timed(lambda: torch.mm(a, b, out=out)) for _ in range(4 * repeats))
 
 
-def make_points(num: int) -> list[Point]:
+def make_points(num: int, layers: int = 3) -> list[Point]:
     """Points of 4 alphas x 3 rates, over and over; equal rates together, as `search.points.pack_points` orders them."""
     grid = [(ALPHAS[index % 4], LEARNING_RATES[index // 4 % 3]) for index in range(num)]
-    return [Point(index, (alpha,) * 3, rate) for index, (alpha, rate) in enumerate(sorted(grid, key=lambda at: at[1]))]
+    return [
+        Point(index, (alpha,) * layers, rate) for index, (alpha, rate) in enumerate(sorted(grid, key=lambda at: at[1]))
+    ]
 
 
-def make_state(hidden: tuple[int, ...], frozen: float = 0.0) -> State:
-    """A state whose first task, made by hand, has committed a fraction of each layer's units; none if it is 0."""
-    state = State.empty(Architecture(FEATURES, hidden))
+def make_state(network: tuple[int, ...] | Graph, frozen: float = 0.0) -> State:
+    """A state whose first task, made by hand, has committed a fraction of each group's units; none if it is 0.
+
+    Args:
+        network: A graph, or the widths of a multilayer perceptron.
+    """
+    graph = network if isinstance(network, Graph) else mlp(FEATURES, network)
+    state = State.empty(Architecture(graph))
     if not frozen:
         return state
-    alpha = (0.0,) * (len(hidden) + 1)
-    activities = [(torch.arange(units) < frozen * units).double() for units in hidden]
-    trained = Pack(state, CLASSES, [alpha], seed=1).point(0, [activity[None] for activity in activities])
-    info = TaskInfo("by hand", CLASSES, (FEATURES,), InputTransform((0.0,), (1.0,), (FEATURES,)))
-    return commit(state, info, trained, (0.5,) * len(hidden))
+    activities = {group: (torch.arange(units) < frozen * units).double() for group, units in graph.groups.items()}
+    pack = Pack(state, CLASSES, [(0.0,) * len(graph.layers)], draw(state, CLASSES, 1))
+    shape = graph.input_shape
+    info = TaskInfo("by hand", CLASSES, shape, InputTransform((0.0,), (1.0,), shape))
+    return commit(state, info, pack.point(0, activities), dict.fromkeys(graph.groups, 0.5))
 
 
 @dataclass
@@ -175,9 +184,11 @@ class Bench:
         return self.pack.training_flop * len(self.train) / seconds
 
 
-def on_random(state: State, num_points: int, num_batches: int) -> Bench:
-    """A pack on random data of MNIST's shape; its validation split is one sample, so that an epoch is its steps."""
-    return _bench(state, make_points(num_points), random_samples(num_batches * BATCH), random_samples(1), settings(99))
+def on_random(state: State, num_points: int, num_batches: int, precision: str = "float32") -> Bench:
+    """A pack on random data; its validation split is one sample, so that an epoch is its steps."""
+    shape, points = state.graph.input_shape, make_points(num_points, len(state.graph.layers))
+    train, validation = (random_samples(num, shape) for num in (num_batches * BATCH, 1))
+    return _bench(state, points, train, validation, settings(99, precision))
 
 
 def on_mnist(state: State, points: list[Point], data: TaskData, how: TrainingSettings, seed: int = 0) -> Bench:
@@ -190,7 +201,8 @@ def on_mnist(state: State, points: list[Point], data: TaskData, how: TrainingSet
 def _bench(
     state: State, points: list[Point], train: Any, validation: Any, how: TrainingSettings, seed: int = 0
 ) -> Bench:
-    pack = Pack(state, CLASSES, [point.alpha for point in points], seed, "cpu", how.dtype)
+    initial = draw(state, CLASSES, seed)
+    pack = Pack(state, CLASSES, [point.alpha for point in points], initial, "cpu", how.dtype, how.penalty)
     started = time.perf_counter()
     features = pack.features(*train)
     prepared_s = time.perf_counter() - started
@@ -199,9 +211,9 @@ def _bench(
     return Bench(pack, training, features, prepared_s)
 
 
-def random_samples(num: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs [N, 784] and labels [N]."""
-    return torch.randn(num, FEATURES), torch.randint(CLASSES, (num,))
+def random_samples(num: int, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs [N, *shape] and labels [N]."""
+    return torch.randn(num, *shape), torch.randint(CLASSES, (num,))
 
 
 def settings(epochs: int, precision: str = "float32") -> TrainingSettings:
@@ -358,7 +370,7 @@ def threshold_scan(options: Options) -> Iterator[Row]:
     bench = on_mnist(state, [point], data, settings(2))
     epoch = min(timed(bench.training.run_epoch) for _ in range(2))
     [correct] = bench.pack.num_correct(bench.training.validation)
-    trained = bench.pack.point(0, bench.pack.activities(bench.train))
+    trained = bench.pack.point(0, *bench.pack.activities(bench.train))
     inputs, total = data.info.transform(data.validation.inputs), len(data.validation)
     for margin in (0.0005, 0.01):
         limit = min_correct(correct, total, margin)
@@ -367,6 +379,107 @@ def threshold_scan(options: Options) -> Iterator[Row]:
         seconds = time.perf_counter() - started
         detail = f"{seconds:.2f} s / {epoch:.2f} s; {record.active[0]} + {record.active[1]} units stay"
         yield Row(f"threshold scan over an epoch, margin {margin:.2%}", seconds / epoch, high=1.0, detail=detail)
+
+
+def networks(options: Options) -> Iterator[Row]:
+    """Packs of convolutional networks against plain PyTorch, one point at a time, with the same L1 penalty."""
+    prepare(CORES)
+    for name, points, bar in (("zenke", 4, 0.9), ("resnet18", 2, 1.0)):
+        graph, module = _network(name)
+        num_batches = 1 if name == "resnet18" or options.quick else 3
+        samples = random_samples(num_batches * BATCH, graph.input_shape)
+        for precision in ("float32", "bf16") if name == "zenke" else ("float32",):
+            plain = _plain_epoch(module, samples, precision)
+            plain()
+            bench = on_random(make_state(graph), points, num_batches, precision)
+            bench.training.run_epoch()
+            # In turns, so that what else the machine does hits both.
+            pairs = [(timed(bench.training.run_epoch), timed(plain)) for _ in range(max(2, options.repeats // 2))]
+            ours, theirs = (min(times) / num_batches for times in zip(*pairs, strict=True))
+            rate = bench.pack.training_flop * BATCH / ours
+            detail = (
+                f"{1e3 * ours / points:.0f} ms / {1e3 * theirs:.0f} ms a point and step; {rate / 1e9:.0f} GFLOP/s of "
+                f"{matrix_rate(options.repeats, settings(1, precision).dtype) / 1e9:.0f}"
+            )
+            figure = f"{name}, {points} points over plain PyTorch, {precision}"
+            yield Row(figure, ours / points / theirs, high=bar, detail=detail)
+
+
+def network_frozen(options: Options) -> Iterator[Row]:
+    """A task's training time when half of all channels are frozen, over the first task's."""
+    prepare(CORES)
+    graph, num_batches = _network("zenke")[0], options.batches(4)
+    benches = [on_random(make_state(graph, fraction), 4, num_batches) for fraction in (0.0, 0.5)]
+    for bench in benches:
+        bench.training.run_epoch()
+    pairs = [[timed(bench.training.run_epoch) for bench in benches] for _ in range(max(2, options.repeats // 2))]
+    first, later = (min(times) for times in zip(*pairs, strict=True))
+    detail = f"epoch {later:.2f} s / {first:.2f} s; frozen outputs {benches[1].prepared_s:.2f} s, once a task"
+    yield Row("zenke, 4 points, half frozen over first task", later / first, high=0.55, detail=detail)
+
+
+def network_scan(options: Options) -> Iterator[Row]:
+    """The exact scan of zenke's network on 5,000 images over one training epoch of 45,000."""
+    prepare(CORES)
+    graph, batches = _network("zenke")[0], 2 if options.quick else 20
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(CLASSES, *graph.input_shape, generator=generator)
+    labels = torch.randint(CLASSES, (batches * BATCH + (500 if options.quick else 5000),), generator=generator)
+    inputs = 0.15 * centres[labels] + torch.randn(len(labels), *graph.input_shape, generator=generator)
+    split = batches * BATCH
+    train, validation = (inputs[:split], labels[:split]), (inputs[split:], labels[split:])
+    state, point = make_state(graph), Point(0, (1e-4,) * len(graph.layers), 0.001)
+    bench = _bench(state, [point], train, validation, settings(3))
+    for _ in range(2):
+        bench.training.run_epoch()
+    epoch = timed(bench.training.run_epoch) * 45_000 / split
+    trained = bench.pack.point(0, *bench.pack.activities(bench.train))
+    for margin in (0.01, 0.04):
+        candidate = Candidate(state, trained, *validation)
+        limit = min_correct(candidate.num_correct(), len(validation[1]), margin)
+        seconds = timed(lambda: scan(candidate, 0, limit))  # noqa: B023
+        detail = f"{seconds:.1f} s / {epoch:.1f} s; {candidate.num_correct() / len(validation[1]):.1%} right"
+        yield Row(f"zenke, scan over an epoch, margin {margin:.0%}", seconds / epoch, high=1.0, detail=detail)
+
+
+def _network(name: str) -> tuple[Graph, torch.nn.Module]:
+    """A network for 32 x 32 colour images, as a graph and as an ordinary module."""
+    nn = torch.nn
+    if name == "zenke":
+        convolutions = []
+        for inputs, units in ((3, 32), (32, 64)):
+            convolutions += [nn.Conv2d(inputs, units, 3, padding=1), nn.ReLU(), nn.Conv2d(units, units, 3), nn.ReLU()]
+            convolutions += [nn.MaxPool2d(2), nn.Dropout(0.25)]
+        dense = [nn.Flatten(), nn.Linear(2304, 512), nn.ReLU(), nn.Dropout(0.5), nn.Linear(512, CLASSES)]
+        return zenke((3, 32, 32)), nn.Sequential(*convolutions, *dense)
+    from torchvision.models import resnet18
+
+    from clnp_search.clnp.trace import trace
+
+    module = resnet18(num_classes=CLASSES)
+    module.conv1, module.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
+    return trace(module, (3, 32, 32)).graph, module
+
+
+def _plain_epoch(
+    module: torch.nn.Module, samples: tuple[torch.Tensor, torch.Tensor], precision: str
+) -> Callable[[], None]:
+    """An epoch as one would write it: channels-last, fused Adam, the data as one tensor, bf16 by autocast."""
+    module = module.to(memory_format=torch.channels_last).train()
+    optimizer = torch.optim.Adam(module.parameters(), lr=0.001, fused=True)
+    weights = [parameter for parameter in module.parameters() if parameter.ndim > 1]
+    inputs, labels = samples[0].contiguous(memory_format=torch.channels_last), samples[1]
+
+    def epoch() -> None:
+        for index in torch.randperm(len(labels)).split(BATCH):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+                logits = module(inputs[index])
+            loss = torch.nn.functional.cross_entropy(logits.float(), labels[index])
+            (loss + 1e-5 * sum(weight.abs().sum() for weight in weights)).backward()
+            optimizer.step()
+
+    return epoch
 
 
 def marginal(options: Options) -> Iterator[Row]:
@@ -483,6 +596,9 @@ BENCHMARKS: dict[str, Callable[[Options], Iterator[Row]]] = {
     "frozen": frozen,
     "bf16": bf16,
     "scan": threshold_scan,
+    "networks": networks,
+    "network_frozen": network_frozen,
+    "network_scan": network_scan,
     "marginal": marginal,
     "memory": memory,
     "curves": curves,
