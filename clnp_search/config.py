@@ -159,7 +159,8 @@ class ScenarioConfig(_Section):
         if isinstance(values, dict) and (kind := kind_of(str(values.get("name")))):
             classes = values.get("classes")
             tasks = len(classes) if isinstance(classes, list | tuple) and classes else kind.tasks
-            return {"tasks": tasks, "validation": kind.validation, **values}
+            given = {key: value for key, value in values.items() if value is not None}
+            return {"tasks": tasks, "validation": kind.validation, **given}
         return values
 
 
@@ -305,13 +306,13 @@ class Sweep(_Section):
         assert kind is not None
         sets, tasks = kind.load(
             Wanted(
-                config.name,
-                config.tasks,
-                Path(config.root),
-                config.classes,
-                config.size,
-                config.arguments,
-                tuple(Path(folder) for folder in self.modules),
+                name=config.name,
+                tasks=config.tasks,
+                root=Path(config.root),
+                classes=config.classes,
+                size=config.size,
+                arguments=config.arguments,
+                modules=tuple(Path(folder) for folder in self.modules),
             )
         )
         scenario = Scenario(sets, tasks, config.validation, config.scaling, self.seed, self.network.flatten)

@@ -92,6 +92,7 @@ def test_a_sweep_cannot_be_changed() -> None:
     [
         ({"name": "split_cifar"}, 6, 0.1),
         ({"name": "class_folders"}, 5, 0.1),
+        ({"name": "class_folders", "tasks": None, "classes": None, "size": None, "validation": None}, 5, 0.1),
         ({"name": "class_folders", "classes": [["a"], ["b"]]}, 2, 0.1),
         ({"name": "torchvision:KMNIST", "validation": "2.5%"}, 5, 0.025),
         ({"name": "torchvision:KMNIST", "tasks": 2, "validation": 0.5}, 2, 0.5),
