@@ -164,7 +164,8 @@ class ScenarioConfig(_Section):
         if isinstance(values, dict) and (kind := kind_of(str(values.get("name")))):
             classes = values.get("classes")
             tasks = len(classes) if isinstance(classes, list | tuple) and classes else kind.tasks
-            return {"tasks": tasks, "validation": kind.validation, **values}
+            given = {key: value for key, value in values.items() if value is not None}
+            return {"tasks": tasks, "validation": kind.validation, **given}
         return values
 
 
@@ -296,8 +297,8 @@ class Sweep(_Section):
     storage: str = "runs/"
     """Folder or URI under which run folders are made."""
     tracking: TrackingConfig = TrackingConfig()
-    modules: str = "."
-    """Folder where your own modules lie, if they are not installed. Default: the sweep file's folder."""
+    modules: Annotated[tuple[str, ...], Grid] = (".",)
+    """Folders where your own modules lie, if they are not installed. Default: the sweep file's, and the current one."""
 
     def load_scenario(self) -> Scenario:
         """The tasks and their data.
@@ -310,13 +311,13 @@ class Sweep(_Section):
         assert kind is not None
         sets, tasks = kind.load(
             Wanted(
-                config.name,
-                config.tasks,
-                Path(config.root),
-                config.classes,
-                config.size,
-                config.arguments,
-                Path(self.modules),
+                name=config.name,
+                tasks=config.tasks,
+                root=Path(config.root),
+                classes=config.classes,
+                size=config.size,
+                arguments=config.arguments,
+                modules=tuple(Path(folder) for folder in self.modules),
             )
         )
         scenario = Scenario(sets, tasks, config.validation, config.scaling, self.seed, self.network.flatten)
@@ -326,9 +327,12 @@ class Sweep(_Section):
                 f"head.kind: single: the tasks have {', '.join(map(str, sorted(counts)))} classes; "
                 "one output layer needs the same number in all; allowed: multi"
             )
-        side = min(scenario.input_shape[-2:])
-        if config.augment.crop >= side and len(scenario.input_shape) > 1:
-            raise InputError(f"scenario.augment.crop: {config.augment.crop}; allowed: 0 to {side - 1}")
+        if config.augment.crop or config.augment.flip:
+            side = min(scenario.input_shape[-2:])
+            if len(scenario.input_shape) == 1:
+                raise InputError("scenario.augment: the network sees flat samples; allowed: images")
+            if config.augment.crop >= side:
+                raise InputError(f"scenario.augment.crop: {config.augment.crop}; allowed: 0 to {side - 1}")
         return scenario
 
     def architecture(self, input_shape: tuple[int, ...]) -> Architecture:
@@ -384,7 +388,7 @@ def load_sweep(path: Path, overrides: list[str] | None = None) -> Sweep:
     for override in overrides or []:
         _apply_override(raw, override)
     raw.setdefault("name", path.stem)
-    raw.setdefault("modules", str(path.parent))
+    raw.setdefault("modules", list(dict.fromkeys([str(path.parent), "."])))
     return parse_sweep(raw, str(path))
 
 

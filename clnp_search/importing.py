@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,10 @@ IMPORT_PATH = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*"
 
 
 @contextmanager
-def imported(key: str, path: str, folder: Path) -> Iterator[Any]:
-    """The object at an import path, whose module is installed or lies in `folder`.
+def imported(key: str, path: str, folders: Sequence[Path]) -> Iterator[Any]:
+    """The object at an import path, whose module is installed or lies in one of `folders`.
 
-    `folder` leads the import path inside the `with` block alone, so that what the object imports when it is called is
+    They lead the import path inside the `with` block alone, so that what the object imports when it is called is
     found there too, and nothing of the program's own imports changes afterwards.
 
     Args:
@@ -29,11 +29,11 @@ def imported(key: str, path: str, folder: Path) -> Iterator[Any]:
         InputError: There is no such module or object, or importing it fails.
     """
     module_name, _, name = path.partition(":")
-    place = str(folder.absolute())
-    sys.path.insert(0, place)
+    places = [str(folder.absolute()) for folder in folders]
+    sys.path[:0] = places
     try:
         importlib.invalidate_caches()
-        found: Any = _module(key, path, module_name, place)
+        found: Any = _module(key, path, module_name, places)
         for part in name.split("."):
             if not hasattr(found, part):
                 close = difflib.get_close_matches(part, dir(found), 1)
@@ -42,16 +42,18 @@ def imported(key: str, path: str, folder: Path) -> Iterator[Any]:
             found = getattr(found, part)
         yield found
     finally:
-        if place in sys.path:
-            sys.path.remove(place)
+        for place in places:
+            if place in sys.path:
+                sys.path.remove(place)
 
 
-def _module(key: str, path: str, name: str, place: str) -> Any:
+def _module(key: str, path: str, name: str, places: Sequence[str]) -> Any:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name and f"{name}.".startswith(f"{error.name}."):
-            raise InputError(f"{key}: {path!r}: no module {error.name!r}, neither in {place} nor installed") from error
+            looked = " or ".join(places)
+            raise InputError(f"{key}: {path!r}: no module {error.name!r}, neither in {looked} nor installed") from error
         raise InputError(f"{key}: {path!r}: {name} needs {error.name!r}, which is not there") from error
     except Exception as error:  # a user's module may raise anything
         raise InputError(f"{key}: {path!r}: importing {name} raised {described(error)}") from error

@@ -352,7 +352,7 @@ def count_units(state: State) -> dict[str, Units]:
 
 def test_accuracies(sequence: TaskSequence, state: State) -> list[float]:
     """Test accuracy of every committed task, evaluated on its subnetwork."""
-    splits = [sequence.data(task).test for task in range(state.num_tasks)]
+    splits = (sequence.data(task).test for task in range(state.num_tasks))
     return [_accuracy(network, split) for network, split in zip(subnetworks(state), splits, strict=True)]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from builders import make_sweep
 
-from clnp_search.config import Sweep, load_sweep, parse_sweep
+from clnp_search.config import AugmentConfig, Sweep, load_sweep, parse_sweep
 from clnp_search.errors import InputError
 from clnp_search.tasks import SCENARIOS
 
@@ -92,6 +92,7 @@ def test_a_sweep_cannot_be_changed() -> None:
     [
         ({"name": "split_cifar"}, 6, 0.1),
         ({"name": "class_folders"}, 5, 0.1),
+        ({"name": "class_folders", "tasks": None, "classes": None, "size": None, "validation": None}, 5, 0.1),
         ({"name": "class_folders", "classes": [["a"], ["b"]]}, 2, 0.1),
         ({"name": "torchvision:KMNIST", "validation": "2.5%"}, 5, 0.025),
         ({"name": "torchvision:KMNIST", "tasks": 2, "validation": 0.5}, 2, 0.5),
@@ -141,9 +142,24 @@ def test_settings_that_do_not_fit_a_scenario_are_refused(tmp_path: Path, text: s
     assert faults(tmp_path, f"scenario: {{{text}}}\nnetwork: {{hidden: [4]}}\n")[1].startswith(fault)
 
 
+@pytest.mark.parametrize(
+    ("network", "crop", "fault"),
+    [
+        ("mlp", 1, "scenario.augment: the network sees flat samples"),
+        ("conv", 8, "scenario.augment.crop: 8; allowed: 0 to 7"),
+    ],
+)
+def test_augmentation_that_does_not_fit_the_images_is_refused(network: str, crop: int, fault: str) -> None:
+    sweep = make_sweep(scenario={"name": "split_digits"})
+    scenario = sweep.scenario.model_copy(update={"augment": AugmentConfig(crop=crop)})
+    sections = {"scenario": scenario, "network": sweep.network.model_copy(update={"name": network})}
+    with pytest.raises(InputError, match=fault):
+        sweep.model_copy(update=sections).load_scenario()
+
+
 def test_your_own_modules_lie_beside_the_sweep_file(tmp_path: Path) -> None:
-    assert load_sweep(written(tmp_path, SMALLEST)).modules == str(tmp_path)
-    assert load_sweep(written(tmp_path, f"{SMALLEST}modules: elsewhere\n")).modules == "elsewhere"
+    assert load_sweep(written(tmp_path, SMALLEST)).modules == (str(tmp_path), ".")
+    assert load_sweep(written(tmp_path, f"{SMALLEST}modules: elsewhere\n")).modules == ("elsewhere",)
 
 
 def test_settings_that_only_one_sweep_has_are_a_difference() -> None:
@@ -404,7 +420,7 @@ def test_where_and_how_a_sweep_runs_is_no_difference(sections: dict[str, Any]) -
 def test_plain_data_give_the_same_sweep_as_a_file(tmp_path: Path) -> None:
     raw = {
         "name": "sweep",
-        "modules": str(tmp_path),
+        "modules": [str(tmp_path), "."],
         "scenario": {"name": "permuted_digits"},
         "network": {"hidden": [4, 4]},
     }

@@ -222,7 +222,8 @@ def status(run: Run, storage: Storage = "runs/", as_json: AsJson = False) -> Non
     if summary and summary.tasks:
         out.print(summary_table(summary))
         out.print(summary_line(summary))
-    out.print(f"{task} of {sweep.scenario.tasks or 'all'} tasks committed")
+    of_all = f" of {sweep.scenario.tasks}" if sweep.scenario.tasks else ""
+    out.print(f"{task}{of_all} tasks committed")
     if current:
         out.print(f"task {task}: {done} of {current['points']} points trained; go on with `clnp-search resume {run}`")
 
@@ -469,7 +470,7 @@ def _located(sweep: Sweep, storage: str | None, tracking_uri: str | None) -> Swe
     return sweep.model_copy(
         update={
             "scenario": sweep.scenario.model_copy(update={"root": str(Path(sweep.scenario.root).absolute())}),
-            "modules": str(Path(sweep.modules).absolute()),
+            "modules": tuple(str(Path(folder).absolute()) for folder in sweep.modules),
             "storage": storage if "://" in storage else str(Path(storage).absolute()),
             "tracking": TrackingConfig(uri=_absolute_sqlite(tracking_uri or sweep.tracking.uri)),
         }

@@ -73,15 +73,15 @@ def load_class_folders(
     samples: dict[str, list[Sample]] = {split: [] for split in SPLITS}
     for split, other in (SPLITS, SPLITS[::-1]):
         if not folders[split]:
-            faults.append(f"{root}: no class in {split}/; images lie in {split}/CLASS/")
+            faults.append(f"{root / split}: no class; images lie in {split}/CLASS/")
         for label in labels if folders[split] else ():
             files = folders[split].get(names[label])
             if files is None:
-                faults.append(f"{root}: class {names[label]!r} is in {other} but not in {split}")
+                faults.append(f"{root / other / names[label]}: class is in {other} but not in {split}")
             elif not files:
-                faults.append(f"{root}: {split}/{names[label]}: empty class")
+                faults.append(f"{root / split / names[label]}: empty class")
             for place, open_file in files or ():
-                samples[split].append(Sample(f"{root}: {place}", partial(_open_image, open_file, label)))
+                samples[split].append(Sample(str(root / place), partial(_open_image, open_file, label)))
     return _raw_data(samples["train"], samples["test"], len(names), size, faults, str(root))
 
 
@@ -208,7 +208,7 @@ def _class_folders(root: Path, faults: list[str]) -> Folders:
         elif not name.endswith("/") and len(inner) == 2:
             found[split].setdefault(inner[0], []).append((name, open_file))
         else:
-            faults.append(f"{root}: {name}: out of place; images lie in {split}/CLASS/, and nothing else does")
+            faults.append(f"{root / name}: out of place; images lie in {split}/CLASS/, and nothing else does")
     return found
 
 
@@ -230,7 +230,7 @@ def _zip_entries(root: Path, faults: list[str]) -> Iterator[tuple[str, Opened]]:
         if name.startswith("/") or "\\" in name or ".." in PurePosixPath(name).parts:
             faults.append(f"{root}: {name!r}: a name that leads out of the zip")
         elif entry.file_size > MAX_ENTRY_BYTES:
-            faults.append(f"{root}: {name}: {entry.file_size} bytes; at most {MAX_ENTRY_BYTES} are read")
+            faults.append(f"{root / name}: {entry.file_size} bytes; at most {MAX_ENTRY_BYTES} are read")
         else:
             yield name, partial(_unzipped, archive, entry)
 

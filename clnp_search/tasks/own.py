@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,13 +34,13 @@ class OwnTask(Protocol):
 
 
 def load_own(
-    path: str, modules: Path, arguments: Mapping[str, Any], tasks: int | None
+    path: str, modules: Sequence[Path], arguments: Mapping[str, Any], tasks: int | None
 ) -> tuple[tuple[RawData, ...], tuple[str, ...]]:
     """The data and the name of each task that the function at an import path gives.
 
     Args:
         path: `package.module:function`.
-        modules: The folder where its module lies, if it is not installed.
+        modules: The folders where its module may lie, if it is not installed.
         arguments: What it is called with, by name.
         tasks: How many of its tasks are wanted; None for all.
 

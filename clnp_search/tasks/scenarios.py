@@ -219,7 +219,7 @@ class Wanted:
         classes: The class names of each task, instead of equal shares.
         size: Height and width that images are resized to.
         arguments: Of a user's own function, or of torchvision's data set.
-        modules: Where a user's own module lies.
+        modules: Folders where a user's own module may lie.
     """
 
     name: str
@@ -228,7 +228,7 @@ class Wanted:
     classes: tuple[tuple[str, ...], ...] | None = None
     size: tuple[int, int] | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    modules: Path = Path()
+    modules: tuple[Path, ...] = (Path(),)
 
     def shares(self, names: Sequence[str], known: Mapping[str, int]) -> tuple[Task, ...]:
         """The tasks that the classes make: those of each list, or equal shares in order.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -83,7 +84,7 @@ def faults(*tasks: Any) -> list[str]:
     """The lines of the message about these tasks, without the headline."""
     given[:] = tasks
     with pytest.raises(InputError) as caught:
-        load_own(f"{__name__}:give", Path(), {}, None)
+        load_own(f"{__name__}:give", (), {}, None)
     return [line.strip() for line in str(caught.value).splitlines()[1:]]
 
 
@@ -94,6 +95,18 @@ def test_a_module_beside_the_sweep_file_gives_the_tasks(load: Load) -> None:
     assert (scenario.data(2).train.inputs // 10 == 2).all()
     assert scenario.data(1).info.input_shape == (3, 4, 6)
     assert sys.path == before
+
+
+def test_a_module_in_the_current_folder_gives_the_tasks(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own_package").mkdir()
+    (tmp_path / "own_package" / "data.py").write_text(MODULE)
+    (tmp_path / "sweeps").mkdir()
+    sweep = tmp_path / "sweeps" / "sweep.yaml"
+    sweep.write_text("{scenario: {name: 'own_package.data:tasks'}, network: {hidden: [4]}}")
+    assert len(load_sweep(sweep).load_scenario()) == 3
 
 
 def test_arguments_are_handed_to_the_function(load: Load) -> None:
@@ -116,8 +129,10 @@ def test_the_module_may_import_another_one_beside_it_when_it_is_called(load: Loa
 
 def test_what_workers_are_given_needs_nothing_of_the_module(load: Load) -> None:
     scenario = load(MODULE)
-    assert {type(raw).__module__ for raw in scenario.sets} == {"clnp_search.tasks.data"}
-    assert {type(raw.train_inputs) for raw in scenario.sets} == {np.ndarray}
+    sent = pickle.dumps(scenario)
+    assert b"clnp_search.tasks" in sent
+    assert b"own_" not in sent
+    assert pickle.loads(sent).data(1).digest == scenario.data(1).digest
 
 
 @pytest.mark.parametrize("kind", ["numpy", "torch"])
@@ -128,7 +143,7 @@ def test_arrays_and_tensors_of_images_and_of_flat_samples_are_taken(kind: str, s
     if kind == "torch":
         inputs, labels = torch.from_numpy(inputs), torch.from_numpy(labels)
     given[:] = [make_task(train_inputs=inputs, train_labels=labels, test_inputs=inputs, test_labels=labels)]
-    (raw,), names = load_own(f"{__name__}:give", Path(), {}, None)
+    (raw,), names = load_own(f"{__name__}:give", (), {}, None)
     assert names == ("task",)
     assert raw.train_inputs.reshape(6, -1)[:, 0].tolist() == list(range(6))
     assert raw.test_labels.tolist() == [0, 1, 2, 0, 1, 2]
@@ -162,8 +177,8 @@ def test_a_function_that_gives_no_tasks_is_refused_with_the_reason(
 
 
 def test_a_module_that_is_not_there_is_refused_with_where_it_was_looked_for(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=rf"'gone.deep:f': no module 'gone', neither in {tmp_path} nor installed"):
-        load_own("gone.deep:f", tmp_path, {}, None)
+    with pytest.raises(InputError, match=rf"'gone.deep:f': no module 'gone', neither in {tmp_path} or / nor installed"):
+        load_own("gone.deep:f", (tmp_path, Path("/")), {}, None)
 
 
 def test_every_fault_of_every_task_is_named_at_once() -> None:
