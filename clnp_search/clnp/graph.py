@@ -422,13 +422,15 @@ class Builder:
     def _tie(self, one: Node, other: Node) -> None:
         """What meets in a sum or a product lives and dies together."""
         first, second = self._groups(one), self._groups(other)
+        if CLASSES in set(first) ^ set(second):
+            raise ValueError(f"ties units to the {CLASSES}")
         if [self._sizes[group] for group in first] != [self._sizes[group] for group in second]:
             raise ValueError(f"joins {one.name} and {other.name}, whose units do not stand one to one")
         order = list(self._sizes)
         for mine, yours in zip(first, second, strict=True):
             if mine != yours:
-                if {mine, yours} & {INPUT, CLASSES}:
-                    raise ValueError(f"ties units to the {INPUT if INPUT in (mine, yours) else CLASSES}")
+                if INPUT in (mine, yours):
+                    raise ValueError(f"ties units to the {INPUT}")
                 early, late = sorted((mine, yours), key=order.index)
                 self._merged[late] = early
 
