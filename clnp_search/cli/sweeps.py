@@ -34,7 +34,7 @@ def plan(
         from clnp_search.search.cluster import connect
 
         with connect(address, sweep.resources) as cluster:
-            capacity = replace(cluster.capacity, slot_bytes=cluster.slot_bytes())
+            capacity = replace(cluster.capacity, slot_bytes=cluster.slot_bytes)
     sequence = TaskSequence(sweep)
     results = folder.read_results()
     state = folder.read_state(len(results) - 1) if results else sequence.empty_state()

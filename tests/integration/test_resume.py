@@ -8,7 +8,7 @@ import random
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -108,18 +108,56 @@ def test_a_killed_worker_is_replaced_and_nothing_changes(cli: Cli, finished: Pat
     assert summary["state_digest"] == json.loads((finished / "summary.json").read_text())["state_digest"]
 
 
-def test_a_pack_that_dies_for_good_is_recorded_and_the_search_goes_on(cli: Cli) -> None:
-    settings = ["scenario.tasks=1", "search.max_failures=0", "search.points_per_trial=2", "training.epochs=60"]
-    process = cli.start(
-        "run", "sweep.yaml", "--name", "dies", "--tracking-uri", "none", *(f"--set={each}" for each in settings)
-    )
-    kill_one(process, "_pack_task")
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-    files = (cli.folder / "runs" / "dies" / "tasks" / "000" / "points").glob("*.json")
-    records = [json.loads(path.read_text()) for path in files]
-    assert sorted(record["status"] for record in records) == ["done", "done", "failed", "failed"]
-    assert all("died" in record["reason"] for record in records if record["status"] == "failed")
+def statuses(run: Path) -> list[str]:
+    """Of all points that have a record."""
+    return [json.loads(path.read_text())["status"] for path in run.glob("tasks/*/points/*.json")]
+
+
+def test_a_pack_whose_worker_is_killed_more_often_than_the_retries_stops_the_run_which_can_be_resumed(
+    cli: Cli, finished: Path
+) -> None:
+    untracked = ["--tracking-uri", "none", "--set", "search.max_failures=1"]
+    process = cli.start("run", "sweep.yaml", "--name", "dies", *untracked)
+    killed: set[int] = set()
+
+    def died_often() -> bool:
+        """Kills every worker that trains a pack, as soon as it does."""
+        for pid, command in descendants(process.pid).items():
+            if "ray::_pack_task" in command and pid not in killed:
+                os.kill(pid, signal.SIGKILL)
+                killed.add(pid)
+        return False
+
+    wait_until(died_often, process)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1, errors
+    assert "of task 0: WorkerCrashedError: The worker died unexpectedly" in errors
+    assert "(tried 2 times)" in errors
+    assert "clnp-search resume dies" in errors
+    assert "failed" not in statuses(cli.folder / "runs" / "dies")
+    summary = cli.json("resume", "dies", "--tracking-uri", "none")
+    assert summary["state_digest"] == json.loads((finished / "summary.json").read_text())["state_digest"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system with room for a part of a run."""
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", tmp_path], capture_output=True).returncode:
+        pytest.skip("mounting a file system is not permitted here")
+    yield tmp_path
+    subprocess.run(["umount", "--lazy", tmp_path], check=True)
+
+
+def test_a_full_disk_stops_the_run_which_goes_on_when_there_is_room(cli: Cli, finished: Path, small_disk: Path) -> None:
+    untracked = ["--storage", str(small_disk), "--tracking-uri", "none"]
+    errors = cli("run", "sweep.yaml", "--name", "full", *untracked, status=1).stderr
+    assert "No space left on device" in errors
+    assert "clnp-search resume" in errors
+    assert "failed" not in statuses(small_disk / "full")
+    cli("resume", "full", *untracked, status=1)
+    subprocess.run(["mount", "-o", "remount,size=100m", small_disk], check=True)
+    summary = cli.json("resume", "full", *untracked)
+    assert summary["state_digest"] == json.loads((finished / "summary.json").read_text())["state_digest"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
