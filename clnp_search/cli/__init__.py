@@ -10,7 +10,9 @@ import logging
 import os
 import signal
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -33,10 +35,10 @@ from clnp_search.cli.options import (
     located,
     open_named,
 )
-from clnp_search.cli.runs import status
+from clnp_search.cli.runs import failed_points, print_failed, status
 from clnp_search.cli.server import ui
 from clnp_search.cli.sweeps import plan, schema
-from clnp_search.errors import InputError, Interrupted
+from clnp_search.errors import InputError, Interrupted, MachineFault
 
 if TYPE_CHECKING:
     from clnp_search.config import Sweep
@@ -73,6 +75,8 @@ def main() -> None:
         status = _complain(INPUT_WRONG, str(error))
     except Interrupted as error:
         status = _complain(INTERRUPTED, str(error))
+    except MachineFault as error:
+        status = _complain(FAILED, str(error))
     except (KeyboardInterrupt, typer.Abort):
         status = _complain(INTERRUPTED, "interrupted")
     except SystemExit as error:  # typer's own answer to an interrupt is 130
@@ -110,8 +114,6 @@ def run(
                 "Give the new run another name with --name, or resume the old one with `clnp-search resume`."
             )
         sweep = recorded.model_copy(update={"tracking": sweep.tracking, "resources": sweep.resources})
-    else:
-        folder.write_sweep(sweep.to_yaml())
     _execute(sweep, folder, address, as_json)
 
 
@@ -120,11 +122,14 @@ def resume(
     storage: Storage = "runs/",
     tracking_uri: TrackingUri = None,
     address: Address = "local",
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Train the failed points of the unfinished task again.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Go on with a run from its folder alone."""
     sweep, folder = open_named(run, storage)
-    _execute(located(sweep, None, tracking_uri), folder, address, as_json)
+    _execute(located(sweep, None, tracking_uri), folder, address, as_json, retry_failed)
 
 
 def submit(
@@ -159,37 +164,63 @@ for command in (run, resume, plan, status, verify, evaluate, export, submit, ui,
     app.command()(command)
 
 
-def _execute(sweep: Sweep, folder: RunFolder, address: str, as_json: bool) -> None:
+def _execute(sweep: Sweep, folder: RunFolder, address: str, as_json: bool, retry_failed: bool = False) -> None:
     from clnp_search.cli.publisher import Publisher
     from clnp_search.cli.view import LiveView, summary_line, summary_table
+    from clnp_search.lease import Lease
     from clnp_search.search.cluster import connect
 
+    begun = folder.exists("sweep.yaml")
     publisher = Publisher(folder, sweep)
+    lease = Lease(folder, _interrupt_main)
     view = LiveView(err, sweep, folder.read_results())
     try:
         # Importing torch, Tune and the data set's library takes about as long as Ray's start: they go side by side.
-        with ThreadPoolExecutor(1) as loader, view, publisher:
-            loading = loader.submit(_load, sweep)
+        with ExitStack() as held, view:
+            if begun:
+                held.enter_context(lease)
+            loading = ThreadPoolExecutor(1).submit(_load, sweep)  # not waited for where it is not needed any more
             num_points = len(sweep.search.alpha) * len(sweep.search.learning_rate)
             with connect(address, sweep.resources, num_points) as cluster:
                 _handle_signals()  # again, because ray.init puts its own handler of SIGTERM in place
                 sequence = loading.result()
                 from clnp_search.sequence import Runner
 
-                summary = Runner(sequence, folder, cluster, [view, publisher]).run()
+                runner = Runner(sequence, folder, cluster, [view, publisher])
+                if not begun:  # a run leaves no trace before all that can be checked is checked
+                    runner.check()
+                    held.enter_context(lease)
+                    if folder.exists("sweep.yaml"):
+                        raise InputError(f"{folder.uri}: another process has begun this run meanwhile; try again")
+                    folder.write_sweep(sweep.to_yaml())
+                    begun = True
+                if retry_failed and not runner.forget_failed():
+                    err.print("no failed point to train again: those of committed tasks stay as they are")
+                with publisher:  # ends before Ray does
+                    summary = runner.run()
     except KeyboardInterrupt:
-        raise Interrupted(
-            f"interrupted; every finished point is kept. Go on with: clnp-search resume {as_typed(folder)}"
-        ) from None
+        what = lease.lost or "interrupted"
+        raise Interrupted(f"{what}; every finished point is kept. Go on with: {_again(folder, begun)}") from None
+    except (MachineFault, MemoryError, OSError, RuntimeError) as error:
+        what = str(error) if isinstance(error, MachineFault) else f"{type(error).__name__}: {error}"
+        raise MachineFault(
+            f"{what}\nEvery finished point is kept. Once the cause is gone, go on with: {_again(folder, begun)}"
+        ) from error
     if publisher.unavailable:
         err.print(
             f"[yellow]Figures and MLflow are behind: {publisher.unavailable}[/]\n"
             f"The records wait in the run folder; `clnp-search resume {as_typed(folder)}` logs them later."
         )
+    failed = failed_points(folder)
     if as_json:
-        print_json(asdict(summary))
+        print_json(asdict(summary) | {"failed_points": failed})
         return
     _print_end(summary, folder, sweep, summary_table(summary), summary_line(summary))
+    print_failed(failed)
+
+
+def _again(folder: RunFolder, begun: bool) -> str:
+    return f"clnp-search resume {as_typed(folder)}" if begun else "the same command"
 
 
 def _load(sweep: Sweep) -> TaskSequence:
@@ -233,6 +264,11 @@ def _exit(status: int) -> NoReturn:
 def _handle_signals() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
+
+
+def _interrupt_main() -> None:
+    """Has the main thread end as by an interrupt."""
+    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
 
 def _interrupt(number: int, frame: Any) -> NoReturn:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,9 +19,22 @@ out = Console()
 err = Console(stderr=True)
 
 
+_document = sys.stdout  # where the one document of a command goes
+
+
+def reserve_output(as_json: bool) -> bool:
+    """Keeps standard output for the document alone: what libraries and child processes print goes to standard error."""
+    global _document
+    if as_json:
+        sys.stdout.flush()
+        _document = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    return as_json
+
+
 def print_json(document: Any) -> None:
     """Prints the one document of a command on standard output."""
-    sys.stdout.write(json.dumps(document, indent=1) + "\n")
+    print(json.dumps(document, indent=1), file=_document, flush=True)
 
 
 def as_typed(folder: RunFolder) -> str:

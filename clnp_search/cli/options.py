@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from clnp_search.cli.console import reserve_output
 from clnp_search.errors import InputError
 
 if TYPE_CHECKING:
@@ -20,7 +21,9 @@ Overrides = Annotated[
 ]
 Storage = Annotated[str, typer.Option("--storage", metavar="URI", help="Where run folders are.")]
 Address = Annotated[str, typer.Option("--address", help="Ray: local (starts one), auto (finds one), or HOST:PORT.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
+AsJson = Annotated[
+    bool, typer.Option("--json", callback=reserve_output, help="Print one JSON document on standard output.")
+]
 TaskIndex = Annotated[int, typer.Option("--task", metavar="K", min=0, help="Which task, from 0.", show_default=False)]
 RunName = Annotated[str | None, typer.Option("--name", help="Name of the run folder. Default: the sweep's name.")]
 RunStorage = Annotated[

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clnp_search.cli.console import out, print_json
 from clnp_search.cli.options import AsJson, Run, Storage, open_named
+
+if TYPE_CHECKING:
+    from clnp_search.storage import RunFolder
 
 
 def status(run: Run, storage: Storage = "runs/", as_json: AsJson = False) -> None:
@@ -23,7 +26,8 @@ def status(run: Run, storage: Storage = "runs/", as_json: AsJson = False) -> Non
         document: dict[str, Any] = (
             asdict(summary) if summary else {"name": folder.name, "status": "running", "tasks": []}
         )
-        print_json(document | {"num_tasks": sweep.scenario.tasks, "current": current})
+        failed = failed_points(folder)
+        print_json(document | {"num_tasks": sweep.scenario.tasks, "current": current, "failed_points": failed})
         return
     if summary and summary.tasks:
         out.print(summary_table(summary))
@@ -31,3 +35,18 @@ def status(run: Run, storage: Storage = "runs/", as_json: AsJson = False) -> Non
     out.print(f"{task} of {sweep.scenario.tasks} tasks committed")
     if current:
         out.print(f"task {task}: {done} of {current['points']} points trained; go on with `clnp-search resume {run}`")
+    print_failed(failed_points(folder))
+
+
+def failed_points(folder: RunFolder) -> list[dict[str, Any]]:
+    """Every point that failed: its task, its name and why."""
+    return [
+        {"task": task, "point": record.point.name, "reason": record.reason} for task, record in folder.read_failed()
+    ]
+
+
+def print_failed(failed: list[dict[str, Any]]) -> None:
+    """Says which points failed and why."""
+    for each in failed:
+        line = f"task {each['task']}: {each['point']} failed: {each['reason']}"
+        out.print(line, style="yellow", markup=False, highlight=False)
