@@ -10,6 +10,7 @@ import gc
 import logging
 import os
 import socket
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -192,8 +193,8 @@ def connect(address: str, resources: ResourcesConfig, num_points: int = 0) -> It
         yield cluster
     finally:
         # Ray ends this process if another thread frees one of its references meanwhile, as the garbage collector would.
-        gc.collect()
         gc.disable()
+        gc.collect()
         try:
             ray.shutdown()
         finally:
@@ -208,6 +209,10 @@ def _start() -> None:
             return
         except Exception as error:  # Ray raises many kinds, `Exception` itself among them
             ray.shutdown()
+            for frame, _ in traceback.walk_tb(error.__traceback__):
+                node = frame.f_locals.get("self")
+                if isinstance(node, ray._private.node.Node):  # no one else knows of the processes that it has started
+                    node.kill_all_processes(check_alive=False)
             if failures == START_ATTEMPTS:
                 raise MachineFault(f"Ray cannot be started here (tried {failures} times): {cause_of(error)}") from error
             logger.warning("Ray could not be started: %s; trying again", cause_of(error))

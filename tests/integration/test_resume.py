@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -100,11 +101,11 @@ def kill_one(process: subprocess.Popen[str], name: str) -> None:
 
 @pytest.mark.parametrize("name", ["ImplicitFunc", "_pack_task"])
 def test_a_killed_worker_is_replaced_and_nothing_changes(cli: Cli, finished: Path, name: str) -> None:
-    process = cli.start("run", "sweep.yaml", "--name", f"killed{name}", "--tracking-uri", "none")
+    process = cli.start("run", "sweep.yaml", "--name", f"killed{name}", "--tracking-uri", "none", "--json")
     kill_one(process, name)
-    _, errors = process.communicate(timeout=300)
+    document, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
-    summary = json.loads((cli.folder / "runs" / f"killed{name}" / "summary.json").read_text())
+    summary = json.loads(document)  # nothing else is there, though Ray prints that a worker died
     assert summary["state_digest"] == json.loads((finished / "summary.json").read_text())["state_digest"]
 
 
@@ -158,6 +159,39 @@ def test_a_full_disk_stops_the_run_which_goes_on_when_there_is_room(cli: Cli, fi
     subprocess.run(["mount", "-o", "remount,size=100m", small_disk], check=True)
     summary = cli.json("resume", "full", *untracked)
     assert summary["state_digest"] == json.loads((finished / "summary.json").read_text())["state_digest"]
+
+
+def test_a_failed_point_is_said_and_can_be_trained_again(cli: Cli, finished: Path) -> None:
+    run = cli.folder / "runs" / "retried"
+    shutil.copytree(finished, run)
+    task = run / "tasks" / "002"
+    for name in ("result.json", "selection.json", "state.safetensors"):
+        (task / name).unlink()
+    record = json.loads((task / "points" / "p001.json").read_text())
+    (task / "points" / "p001.json").write_text(json.dumps(record | {"status": "failed", "reason": "no luck"}))
+    failed = [{"task": 2, "point": "p001", "reason": "no luck"}]
+    assert cli.json("status", "retried")["failed_points"] == failed
+    assert "task 2: p001 failed: no luck" in cli("status", "retried").stdout
+    summary = cli.json("resume", "retried", "--tracking-uri", "none", "--retry-failed")
+    assert summary["failed_points"] == []
+    assert summary["state_digest"] == json.loads((finished / "summary.json").read_text())["state_digest"]
+
+
+def test_a_second_driver_is_refused_and_one_that_is_replaced_stops(cli: Cli) -> None:
+    run = cli.folder / "runs" / "driven"
+    long = ["--set", "training.epochs=100000", "--tracking-uri", "none"]
+    process = cli.start("run", "sweep.yaml", "--name", "driven", *long)
+    assert wait_until((run / "tasks" / "000" / "plan.json").exists, process)
+    refused = cli("resume", "driven", status=2).stderr
+    assert f"is being run by process {process.pid}" in refused
+    other = json.loads((run / "lease.json").read_text()) | {"token": "other", "host": "elsewhere"}
+    replacement = run / "lease.json.new"
+    replacement.write_text(json.dumps(other))
+    replacement.replace(run / "lease.json")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 3, errors
+    assert "was taken over by process" in errors
+    assert json.loads((run / "lease.json").read_text()) == other
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
