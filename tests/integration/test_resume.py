@@ -143,7 +143,7 @@ def test_a_pack_whose_worker_is_killed_more_often_than_the_retries_stops_the_run
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system with room for a part of a run."""
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", tmp_path], capture_output=True).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=350k", "tmpfs", tmp_path], capture_output=True).returncode:
         pytest.skip("mounting a file system is not permitted here")
     yield tmp_path
     subprocess.run(["umount", "--lazy", tmp_path], check=True)
