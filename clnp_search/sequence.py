@@ -150,7 +150,10 @@ class Runner:
             RuntimeError: A task has no usable point.
         """
         retries = self._sweep.search.max_failures
-        return self._cluster.train(self._tasks(), self._shared, self._folder.ray_folder, retries, self._training)
+        try:
+            return self._cluster.train(self._tasks(), self._shared, self._folder.ray_folder, retries, self._training)
+        finally:
+            vars(self).pop("_shared", None)  # what is Ray's goes before Ray does
 
     def forget_failed(self) -> int:
         """Has the failed points of the task that is not committed yet trained again; gives their number."""

@@ -199,8 +199,9 @@ def _execute(sweep: Sweep, folder: RunFolder, address: str, as_json: bool, retry
                 with publisher:  # ends before Ray does
                     summary = runner.run()
     except KeyboardInterrupt:
-        what = lease.lost or "interrupted"
-        raise Interrupted(f"{what}; every finished point is kept. Go on with: {_again(folder, begun)}") from None
+        if lease.lost:
+            raise Interrupted(f"{lease.lost}, which goes on with it; this process stops") from None
+        raise Interrupted(f"interrupted; every finished point is kept. Go on with: {_again(folder, begun)}") from None
     except (MachineFault, MemoryError, OSError, RuntimeError) as error:
         what = str(error) if isinstance(error, MachineFault) else f"{type(error).__name__}: {error}"
         raise MachineFault(

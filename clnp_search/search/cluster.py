@@ -40,7 +40,7 @@ import ray
 
 from clnp_search.errors import InputError, MachineFault
 from clnp_search.search.capacity import MEMORY_SHARE, Node, capacity_of
-from clnp_search.search.retries import cause_of, pause
+from clnp_search.search.retries import cause_of, pause, tried
 
 if TYPE_CHECKING:
     from clnp_search.clnp.state import State
@@ -161,7 +161,7 @@ class Cluster:
                 fault = f"threshold scan of {point.name}: {cause_of(error)}"
                 failures[point.name] += 1
                 if failures[point.name] > max_failures:
-                    raise MachineFault(f"{fault} (tried {failures[point.name]} times)") from error
+                    raise MachineFault(fault + tried(failures[point.name])) from error
                 logger.warning("%s; trying again", fault)
                 pause(failures[point.name])
                 left.insert(0, point)
@@ -214,7 +214,7 @@ def _start() -> None:
                 if isinstance(node, ray._private.node.Node):  # no one else knows of the processes that it has started
                     node.kill_all_processes(check_alive=False)
             if failures == START_ATTEMPTS:
-                raise MachineFault(f"Ray cannot be started here (tried {failures} times): {cause_of(error)}") from error
+                raise MachineFault(f"Ray cannot be started here: {cause_of(error)}{tried(failures)}") from error
             logger.warning("Ray could not be started: %s; trying again", cause_of(error))
             pause(failures)
 

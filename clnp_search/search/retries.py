@@ -15,6 +15,11 @@ def cause_of(error: Exception) -> str:
     return " ".join([f"{type(cause).__name__}:", *str(cause).strip().splitlines()[:1]])
 
 
+def tried(failures: int) -> str:
+    """How often something failed, to end a sentence with."""
+    return f" (tried {failures} times)" if failures > 1 else ""
+
+
 def pause(failures: int) -> None:
     """Waits before the next try, after each failure twice as long."""
     time.sleep(PAUSE_S * 2 ** (failures - 1))

@@ -20,7 +20,7 @@ from ray.tune.search import Searcher
 
 from clnp_search.errors import MachineFault
 from clnp_search.records import PackProgress
-from clnp_search.search.retries import cause_of, pause
+from clnp_search.search.retries import cause_of, pause, tried
 
 if TYPE_CHECKING:
     from clnp_search.clnp.state import State
@@ -157,7 +157,7 @@ class _Feed(Searcher):
         elif "failures" in result:
             fault = f"pack {pack} of task {self._packs.task}: {result['cause']}"
             if result["given_up"]:
-                raise _Ended(MachineFault(f"{fault} (tried {result['failures']} times)"))
+                raise _Ended(MachineFault(fault + tried(result["failures"])))
             logger.warning("%s; trying again", fault)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:

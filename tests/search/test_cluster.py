@@ -7,6 +7,7 @@ import weakref
 from pathlib import Path
 
 import pytest
+from builders import make_inputs
 
 from clnp_search.config import ResourcesConfig
 from clnp_search.errors import InputError, MachineFault
@@ -31,9 +32,21 @@ def test_a_ray_that_cannot_be_started_is_tried_again_and_then_said_in_a_sentence
 ) -> None:
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / ("x" * 100)))  # longer than the name of a socket may be
     monkeypatch.setattr(retries, "PAUSE_S", 0.0)
-    with pytest.raises(MachineFault, match=r"Ray cannot be started here \(tried 4 times\): .+"):
+    with pytest.raises(MachineFault, match=r"Ray cannot be started here: .+ \(tried 4 times\)"):
         connect("local", ResourcesConfig()).__enter__()
     assert [record.getMessage().endswith("trying again") for record in caplog.records] == [True] * 3
+
+
+def test_a_scan_that_fails_is_tried_again_and_then_said_in_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retries, "PAUSE_S", 0.0)
+    inputs = make_inputs(tmp_path)  # nothing is trained
+    with connect("local", ResourcesConfig()) as here:
+        shared, of_task = here.share(inputs.run), here.share((inputs.plan, inputs.state))
+        scans = here.scan(shared, of_task, inputs.plan.points[:1], 0, "global", max_failures=1)
+        with pytest.raises(MachineFault, match=r"threshold scan of p000: FileNotFoundError: .+ \(tried 2 times\)"):
+            next(scans)
 
 
 def test_no_other_thread_can_free_what_is_rays_while_it_shuts_down(monkeypatch: pytest.MonkeyPatch) -> None:
