@@ -232,7 +232,7 @@ class SearchConfig(_Section):
     points_per_trial: Literal["auto"] | PositiveInt = "auto"
     """Grid points that one Ray Tune trial trains together; auto keeps all devices busy within their memory."""
     max_failures: Annotated[int, Field(ge=0)] = 2
-    """How often a trial whose worker died is started again."""
+    """How often a pack or a threshold scan is tried again after a fault of the machine, such as a dead process."""
 
 
 class ForgettingConfig(_Section):

@@ -63,6 +63,30 @@ class TaskPlan:
 
 
 @dataclass(frozen=True)
+class Holder:
+    """The process that drives a run.
+
+    Args:
+        token: Of this process and this run of it alone.
+        beat: Grows as long as the process lives.
+        machine: Equal for processes that see one another; empty where that cannot be known.
+        started: When the process was started, in ticks of its machine.
+        since: When it took the run, by the clock of its machine: for people only.
+    """
+
+    token: str
+    beat: int
+    host: str
+    machine: str
+    pid: int
+    started: int
+    since: str
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host} since {self.since}"
+
+
+@dataclass(frozen=True)
 class PackProgress:
     """How far the packs in flight have come, as Tune's results say.
 

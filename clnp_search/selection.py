@@ -31,7 +31,7 @@ def candidates(records: Sequence[PointRecord], margin: float) -> tuple[int, list
     done = [record for record in records if record.status == "done"]
     if not done:
         reasons = "; ".join(sorted({record.reason for record in records}))
-        raise RuntimeError(f"every grid point of this task failed: {reasons}")
+        raise RuntimeError(f"every grid point of this task failed (--retry-failed trains them again): {reasons}")
     best = max(done, key=lambda record: record.val_correct)
     limit = min_correct(best.val_correct, best.val_total, margin)
     return limit, [record for record in done if record.val_correct >= limit]

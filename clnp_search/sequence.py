@@ -6,6 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cached_property
 from importlib.metadata import version
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ from clnp_search import selection
 from clnp_search.clnp.state import FREE, Architecture, State, commit
 from clnp_search.clnp.subnetwork import Subnetwork, subnetworks
 from clnp_search.config import Sweep
-from clnp_search.errors import InputError
+from clnp_search.errors import InputError, MachineFault
 from clnp_search.listener import Listener
 from clnp_search.records import (
     Environment,
@@ -78,6 +79,15 @@ class TaskSequence:
         """The samples of the task at `index`."""
         return self.scenario.data(index)
 
+    def check(self) -> None:
+        """Nothing, if the data set has what every task takes from it.
+
+        Raises:
+            InputError: It has not.
+        """
+        for index in range(len(self)):
+            self.data(index)
+
     def key(self, state: State, index: int, point: Point) -> str:
         """The hash of all that a point's result depends on, besides the machine."""
         if index not in self._digests:
@@ -118,17 +128,39 @@ class Runner:
         self._sequence, self._folder, self._cluster, self._listeners = sequence, folder, cluster, listeners
         self._sweep = sequence.sweep
 
-    def run(self) -> Summary:
-        """Commits every task that is not committed yet.
+    def check(self) -> None:
+        """Nothing, if the data set and the cluster have what the run needs, as far as that shows beforehand.
 
         Raises:
-            RuntimeError: A task has no usable point. What is finished stays, and the run can be resumed.
+            InputError: The data set has not.
+            MachineFault: The cluster has not.
+        """
+        self._sequence.check()
+        self._packs(grid(self._sweep, None), 0, self._sequence.empty_state())
+
+    def run(self) -> Summary:
+        """Commits every task that is not committed yet. Whatever is raised, what is finished stays, and can be resumed.
+
+        Raises:
+            MachineFault: What the run needs failed, time after time.
+            RuntimeError: A task has no usable point.
         """
         retries = self._sweep.search.max_failures
-        return self._cluster.train(self._tasks(), self._shared, self._folder.ray_folder, retries, self._training)
+        try:
+            return self._cluster.train(self._tasks(), self._shared, self._folder.ray_folder, retries, self._training)
+        finally:
+            vars(self).pop("_shared", None)  # what is Ray's goes before Ray does
+
+    def forget_failed(self) -> int:
+        """Has the failed points of the task that is not committed yet trained again; gives their number."""
+        task = len(self._folder.read_results())
+        failed = [record.point.name for at, record in self._folder.read_failed() if at == task]
+        for name in failed:
+            self._folder.delete_point(task, name)
+        return len(failed)
 
     def _tasks(self) -> Program[Summary]:
-        """Task after task; asks for packs to be trained, and is sent the reasons of those that failed for good."""
+        """Task after task; asks for packs to be trained, after which each of their points has its record."""
         results = self._folder.read_results()
         state = self._folder.read_state(len(results) - 1) if results else self._sequence.empty_state()
         summary = self._write_summary(results, state)
@@ -141,7 +173,8 @@ class Runner:
                 for listener in self._listeners:
                     listener.committed(summary, time.perf_counter() - started)
         except Exception:
-            self._folder.write_summary(self._summary("failed", results, state))
+            with suppress(OSError):  # the storage may be what failed
+                self._folder.write_summary(self._summary("failed", results, state))
             raise
         return summary
 
@@ -206,22 +239,29 @@ class Runner:
                 )
             return self._adopt(existing)
         points = grid(self._sweep, self._reused_point(index))
-        memory = self._sequence.memory(state, index)
         plan = TaskPlan(
             task=index,
             name=self._sequence.task(index).name,
             parent_digest=state.digest,
             points=points,
             keys=tuple(self._sequence.key(state, index, point) for point in points),
-            packs=plan_packs(self._sweep, points, memory, self._cluster.capacity.num_slots, self._cluster.slot_bytes()),
+            packs=self._packs(points, index, state),
             environment=self._environment(),
         )
         self._folder.write_plan(plan)
         return plan
 
+    def _packs(self, points: Sequence[Point], index: int, state: State) -> tuple[tuple[int, ...], ...]:
+        memory = self._sequence.memory(state, index)
+        return plan_packs(self._sweep, points, memory, self._cluster.capacity.num_slots, self._cluster.slot_bytes)
+
     def _adopt(self, plan: TaskPlan) -> TaskPlan:
         """A plan of an earlier session; where this machine cannot keep it to the bit, the log says so."""
         here = self._environment()
+        if (plan.environment.device, here.device) == ("cuda", "cpu"):
+            raise MachineFault(
+                f"task {plan.task} was planned for a GPU, of which resources.gpu: 0 gives its trials none"
+            )
         if plan.environment != here:
             logger.warning("task %d was begun as %s and goes on as %s", plan.task, plan.environment, here)
         return plan
@@ -243,15 +283,11 @@ class Runner:
         for listener in self._listeners:
             listener.task_planned(plan, len(recorded))
         missing = tuple(index for index, pack in enumerate(plan.packs) if not recorded.issuperset(pack))
-        failed = (yield Packs(missing, inputs)) if missing else {}
-        for index, pack in enumerate(plan.packs):
-            for point in (plan.points[position] for position in pack):
-                if folder.read_point(plan.task, point.name) is None:
-                    if index not in failed:
-                        raise RuntimeError(f"task {plan.task}: the trial of {point.name} ended without its record")
-                    key = plan.keys[point.index]
-                    folder.write_point(plan.task, PointRecord(key, point, "failed", 0, 0, reason=failed[index]), None)
+        if missing:
+            yield Packs(plan.task, missing, inputs)
         records = [record for point in plan.points if (record := folder.read_point(plan.task, point.name)) is not None]
+        if len(records) < len(plan.points):
+            raise RuntimeError(f"task {plan.task}: a trial ended without a record of every point")
         for listener in self._listeners:
             listener.points_finished(records)
         return records
@@ -278,7 +314,8 @@ class Runner:
                 missing.append(record.point)
             else:
                 scans.append(scan)
-        for scan in self._cluster.scan(self._shared, inputs, missing, limit, rule):
+        retries = self._sweep.search.max_failures
+        for scan in self._cluster.scan(self._shared, inputs, missing, limit, rule, retries):
             self._folder.write_scan(task, scan, fingerprint)
             scans.append(scan)
             for listener in self._listeners:

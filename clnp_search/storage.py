@@ -1,7 +1,8 @@
 """The run folder, local or remote; the one place that knows file names.
 
 The run folder is the truth: Ray's experiment folders and MLflow are projections of it. Every file appears whole or
-not at all, and is written once, but for `summary.json`, `mlflow.json` and pack checkpoints, which are replaced.
+not at all, and is written once, but for `summary.json`, `mlflow.json`, `lease.json` and pack checkpoints, which are
+replaced.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pydantic import TypeAdapter, ValidationError
 from clnp_search.errors import InputError
 from clnp_search.records import (
     CurveStep,
+    Holder,
     PointRecord,
     ScanRecord,
     Selection,
@@ -131,6 +133,18 @@ class RunFolder:
         """The run's summary, or None before the first task began."""
         return self._read_record("summary.json", Summary)
 
+    def write_lease(self, holder: Holder) -> None:
+        """Records who drives the run."""
+        self.write("lease.json", _to_json(holder))
+
+    def read_lease(self) -> Holder | None:
+        """Who drives the run, or did when it crashed."""
+        return self._read_record("lease.json", Holder)
+
+    def delete_lease(self) -> None:
+        """Records that nobody drives the run."""
+        self.delete("lease.json")
+
     def read_tracking(self) -> dict[str, Any]:
         """What was written to MLflow so far."""
         return json.loads(self.read("mlflow.json")) if self.exists("mlflow.json") else {}
@@ -174,6 +188,20 @@ class RunFolder:
     def read_point(self, task: int, name: str) -> PointRecord | None:
         """A finished point, or None."""
         return self._read_record(f"{_task(task)}/points/{name}.json", PointRecord)
+
+    def delete_point(self, task: int, name: str) -> None:
+        """Removes a failed point's record: it has no parameters."""
+        self.delete(f"{_task(task)}/points/{name}.json")
+
+    def read_failed(self) -> tuple[tuple[int, PointRecord], ...]:
+        """All points that failed, each after its task."""
+        failed: list[tuple[int, PointRecord]] = []
+        task = 0
+        while (plan := self.read_plan(task)) is not None:
+            records = (self.read_point(task, point.name) for point in plan.points)
+            failed += [(task, record) for record in records if record is not None and record.status == "failed"]
+            task += 1
+        return tuple(failed)
 
     def read_trained(self, task: int, name: str) -> FreeParameters:
         """A finished point's parameters."""

@@ -21,7 +21,7 @@ LEVELS = [
     {"sequence"},
     {"listener"},
     {"search", "selection", "tracking", "report"},
-    {"config"},
+    {"config", "lease"},
     {"tasks", "storage"},
     {"clnp"},
     {"importing"},

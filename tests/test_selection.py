@@ -72,7 +72,7 @@ def test_points_that_all_failed_raise_with_every_reason_once() -> None:
         make_record(1, 0, status="failed", reason="out of memory"),
         make_record(2, 0, status="failed", reason="diverged"),
     ]
-    with pytest.raises(RuntimeError, match="every grid point of this task failed: diverged; out of memory"):
+    with pytest.raises(RuntimeError, match=r"every grid point of this task failed .*: diverged; out of memory"):
         candidates(records, 0.5)
     with pytest.raises(RuntimeError, match="every grid point"):
         choose(records, [], 0.5)

@@ -44,7 +44,7 @@ class Publisher(Listener):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is not None and not issubclass(kind, Exception):
-            return  # an interrupt: what is not written yet, a resume writes
+            return  # an interrupt, which waits for no server: what is not written yet, a resume writes
         self._events.put(self._folder.read_summary())
         self._events.put(None)
         self._thread.join()

@@ -6,10 +6,15 @@ process only watches over its pack, so this module imports nothing heavy.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
+import socket
+import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 # Before ray is imported: no usage data, no second `uv run` around every worker, no progress printing of its own, one
@@ -26,13 +31,16 @@ os.environ.setdefault("TUNE_MAX_PENDING_TRIALS_PG", "1000")
 os.environ.setdefault("RAY_worker_niceness", "0")
 # No workers without an environment, which none of our tasks could use; see TRIAL_ENVIRONMENT.
 os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
+# On a loaded machine Ray's start takes longer than it waits for.
+os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "120")
 # Idle workers, which have imported torch, stay for the next task's scans instead of ending after a second.
 os.environ.setdefault("RAY_num_workers_soft_limit", str(2 * (os.cpu_count() or 1)))
 
 import ray
 
-from clnp_search.errors import InputError
+from clnp_search.errors import InputError, MachineFault
 from clnp_search.search.capacity import MEMORY_SHARE, Node, capacity_of
+from clnp_search.search.retries import cause_of, pause, tried
 
 if TYPE_CHECKING:
     from clnp_search.clnp.state import State
@@ -46,6 +54,8 @@ logger = logging.getLogger(__name__)
 TRIAL_ENVIRONMENT = {
     "env_vars": {"PL_DISABLE_FORK": "1", "RAY_CHDIR_TO_TRIAL_DIR": os.environ["RAY_CHDIR_TO_TRIAL_DIR"]}
 }
+START_ATTEMPTS = 4
+PROBE_S = 5.0
 T = TypeVar("T")
 
 
@@ -65,11 +75,19 @@ class Cluster:
         """Where trials compute."""
         return "cuda" if self.resources.gpu else "cpu"
 
+    @cached_property
     def slot_bytes(self) -> int:
-        """Memory that one trial may plan with, on the device where it computes."""
+        """Memory that one trial may plan with, on the device where it computes.
+
+        Raises:
+            MachineFault: A GPU is there by name, but cannot be used.
+        """
         if not self.resources.gpu:
             return self.capacity.slot_bytes
-        whole = ray.get(ray.remote(**self._options)(_gpu_bytes).remote())
+        try:
+            whole = ray.get(ray.remote(**self._options)(_gpu_bytes).remote())
+        except ray.exceptions.RayError as error:
+            raise MachineFault(f"resources.gpu: Ray offers a GPU that cannot be used: {cause_of(error)}") from error
         return int(whole * min(1.0, self.resources.gpu) * MEMORY_SHARE)
 
     def warm_up(self, num_points: int) -> None:
@@ -96,9 +114,13 @@ class Cluster:
         Args:
             shared: The run's inputs.
             ray_folder: Where Tune keeps its experiments: a path, and its pyarrow filesystem.
+            max_failures: How often a pack is tried again.
 
         Returns:
             The program's result.
+
+        Raises:
+            MachineFault: A pack failed more often than that, by no fault of its points.
         """
         from clnp_search.search.tuning import run_trials
 
@@ -106,21 +128,45 @@ class Cluster:
         return run_trials(program, shared, self._options, slots, ray_folder, max_failures, listen)
 
     def scan(
-        self, shared: ray.ObjectRef, of_task: ray.ObjectRef, points: Sequence[Point], min_correct: int, rule: str
+        self,
+        shared: ray.ObjectRef,
+        of_task: ray.ObjectRef,
+        points: Sequence[Point],
+        min_correct: int,
+        rule: str,
+        max_failures: int,
     ) -> Iterator[ScanRecord]:
         """Scans candidates in parallel; gives each record as it is done.
 
         Args:
             shared, of_task: The inputs of the run and of the task, as `share` gave them.
+            max_failures: How often a scan is tried again.
+
+        Raises:
+            MachineFault: A scan failed more often than that.
         """
-        remote = ray.remote(**self._options, max_retries=2, runtime_env=TRIAL_ENVIRONMENT)(_scan_task)
-        left, running = list(points), list[ray.ObjectRef]()
+        remote = ray.remote(**self._options, max_retries=0, runtime_env=TRIAL_ENVIRONMENT)(_scan_task)
+        left, failures = list(points), Counter[str]()
+        running: dict[ray.ObjectRef, Point] = {}
         while left or running:
             # No more at a time than can run: for tasks that wait, Ray would start processes.
             while left and len(running) < self.capacity.num_slots:
-                running.append(remote.remote(shared, of_task, left.pop(0), min_correct, rule))
-            done, running = ray.wait(running)
-            yield ray.get(done[0])
+                point = left.pop(0)
+                running[remote.remote(shared, of_task, point, min_correct, rule)] = point
+            done, _ = ray.wait(list(running))
+            point = running.pop(done[0])
+            try:
+                record = ray.get(done[0])
+            except ray.exceptions.RayError as error:
+                fault = f"threshold scan of {point.name}: {cause_of(error)}"
+                failures[point.name] += 1
+                if failures[point.name] > max_failures:
+                    raise MachineFault(fault + tried(failures[point.name])) from error
+                logger.warning("%s; trying again", fault)
+                pause(failures[point.name])
+                left.insert(0, point)
+            else:
+                yield record
 
 
 @contextmanager
@@ -133,25 +179,61 @@ def connect(address: str, resources: ResourcesConfig, num_points: int = 0) -> It
 
     Raises:
         InputError: There is none, or no node of it can hold a trial.
+        MachineFault: Ray cannot be started on this machine.
     """
     if address == "local" and resources.cpu > (os.cpu_count() or 1):
         raise InputError(f"resources.cpu: {resources.cpu} is more than this machine has; at most {os.cpu_count()}")
-    try:
-        ray.init(
-            address=address,
-            include_dashboard=False if address == "local" else None,
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-            configure_logging=True,
-        )
-    except ConnectionError as error:
-        raise InputError(f"--address {address}: no Ray cluster can be reached: {error}") from error
+    if address == "local":
+        _start()
+    else:
+        _join(address)
     try:
         cluster = Cluster(resources)
         cluster.warm_up(num_points)
         yield cluster
     finally:
-        ray.shutdown()
+        # Ray ends this process if another thread frees one of its references meanwhile, as the garbage collector would.
+        gc.disable()
+        gc.collect()
+        try:
+            ray.shutdown()
+        finally:
+            gc.enable()
+
+
+def _start() -> None:
+    """Starts Ray on this machine; tries again, because processes of Ray give up when the machine is loaded."""
+    for failures in range(1, START_ATTEMPTS + 1):
+        try:
+            _init("local", include_dashboard=False)
+            return
+        except Exception as error:  # Ray raises many kinds, `Exception` itself among them
+            ray.shutdown()
+            for frame, _ in traceback.walk_tb(error.__traceback__):
+                node = frame.f_locals.get("self")
+                if isinstance(node, ray._private.node.Node):  # no one else knows of the processes that it has started
+                    node.kill_all_processes(check_alive=False)
+            if failures == START_ATTEMPTS:
+                raise MachineFault(f"Ray cannot be started here: {cause_of(error)}{tried(failures)}") from error
+            logger.warning("Ray could not be started: %s; trying again", cause_of(error))
+            pause(failures)
+
+
+def _join(address: str) -> None:
+    """Connects to a cluster, after a look whether something answers: Ray would try for a quarter of an hour."""
+    try:
+        at = ray._private.services.canonicalize_bootstrap_address("auto") if address == "auto" else address
+        host, _, port = at.removeprefix("ray://").rpartition(":")
+        if not host or not port.isdigit():
+            raise InputError(f"--address {address}: allowed are local, auto, HOST:PORT and ray://HOST:PORT")
+        socket.create_connection((host.strip("[]"), int(port)), PROBE_S).close()
+        _init(address)
+    except (OSError, OverflowError, RuntimeError, ValueError) as error:
+        raise InputError(f"--address {address}: no Ray cluster can be reached: {error}") from error
+
+
+def _init(address: str, **options: Any) -> None:
+    ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, configure_logging=True, **options)
 
 
 def _scan_task(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,6 +24,13 @@ from clnp_search.tasks import Scenario, TaskData
 
 CHECKPOINT_EVERY_S = 20.0
 REPORT_EVERY_S = 0.5
+# What computing raises for the same point on any machine. RuntimeError is not among them: torch raises it for what a
+# machine lacks too. Such an error stops the run, which says why and can be resumed.
+POINT_FAULTS = (ArithmeticError, AssertionError, AttributeError, LookupError, NameError, TypeError, ValueError)
+
+
+class PointFault(Exception):  # noqa: N818 - a result, not an error
+    """What a point itself did, its network's module and its data included: another try would end the same."""
 
 
 @dataclass(frozen=True)
@@ -50,43 +58,39 @@ class TaskInputs:
 
 
 def run_pack(inputs: TaskInputs, points: Sequence[Point]) -> Iterator[Training]:
-    """Gives every point of a pack its record: trained, or failed with the reason; shows the training as it goes.
+    """Gives every point of a pack its record: trained, or failed by its own fault; shows the training as it goes.
 
     Raises:
-        OSError: The run folder cannot be read or written; worth another try, as is the death of this process.
+        Exception: What the machine did: no space, no memory for a single point, no GPU, a run folder that cannot be
+            read or written. It is worth another try, as is the death of this process; points have no record of it.
     """
     planned = inputs.plan.environment.torch
     notes: tuple[str, ...] = ()
     if planned != torch.__version__:
         notes = (f"planned with torch {planned}, trained with torch {torch.__version__}",)
-    try:
-        yield from train_pack(inputs, points, notes)
-    except OSError:
-        raise
-    except Exception as error:
-        folder, plan = RunFolder(inputs.run.folder), inputs.plan
-        for point in points:
-            if folder.read_point(plan.task, point.name) is None:
-                reason = f"{type(error).__name__}: {error}"
-                folder.write_point(
-                    plan.task, PointRecord(plan.keys[point.index], point, "failed", 0, 0, reason=reason), None
-                )
+    yield from train_pack(inputs, points, notes)
 
 
 def train_pack(inputs: TaskInputs, points: Sequence[Point], notes: tuple[str, ...] = ()) -> Iterator[Training]:
     """Trains a pack's points and writes each one's record and parameters to the run folder.
 
     Goes on from the pack's checkpoint if there is one; points that are recorded already are not written again. If
-    the device runs out of memory the pack is trained in two halves, and the records say so.
+    the device runs out of memory, or one of several points has a fault, the pack is trained in two halves, and the
+    records say so.
     """
     try:
         yield from _train(inputs, points, notes)
+        return
+    except PointFault as fault:
+        if len(points) == 1:
+            record = PointRecord(inputs.plan.keys[points[0].index], points[0], "failed", 0, 0, reason=str(fault))
+            RunFolder(inputs.run.folder).write_point(inputs.plan.task, replace(record, notes=notes), None)
+            return
+        note = f"a pack of {len(points)} points was split: {fault}"
     except (MemoryError, RuntimeError) as error:
         if len(points) == 1 or not _out_of_memory(error):
             raise
         note = f"a pack of {len(points)} points ran out of memory and was split"
-    else:
-        return
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -114,22 +118,24 @@ def _train(inputs: TaskInputs, points: Sequence[Point], notes: tuple[str, ...]) 
             pack, training, train = _begin(inputs, points)
     saved = reported = time.perf_counter()
     while not training.finished:
-        training.run_epoch()
+        with _computing():
+            training.run_epoch()
         if training.finished or time.perf_counter() - saved > CHECKPOINT_EVERY_S:
             folder.write_checkpoint(task, name, training.to_bytes())
             saved = time.perf_counter()
         if training.finished or time.perf_counter() - reported > REPORT_EVERY_S:
             yield training
             reported = time.perf_counter()
-    activities = pack.activities(train)
-    finite = pack.finite(activities)
-    # As the scan counts, in float32 whatever the precision of the training, so that both are held to one limit.
-    validation = _validation(inputs, pack.device)
-    trained = [pack.point(position, each) for position, each in enumerate(activities)]
-    correct = [
-        Candidate(inputs.state, each, *validation).num_correct() if usable else 0
-        for each, usable in zip(trained, finite, strict=True)
-    ]
+    with _computing():
+        activities = pack.activities(train)
+        finite = pack.finite(activities)
+        trained = [pack.point(position, each) for position, each in enumerate(activities)]
+        # As the scan counts, in float32 whatever the training's precision, so that both are held to one limit.
+        validation = _validation(inputs, pack.device)
+        correct = [
+            Candidate(inputs.state, each, *validation).num_correct() if usable else 0
+            for each, usable in zip(trained, finite, strict=True)
+        ]
     seconds = (time.perf_counter() - started) / len(points)
     for position, point in enumerate(points):
         if point not in missing:
@@ -156,21 +162,31 @@ def _begin(inputs: TaskInputs, points: Sequence[Point]) -> tuple[Pack, Training,
     """A pack before its first epoch, its training, and the training split."""
     settings, seed = inputs.run.settings, inputs.run.seed
     device = _prepare(inputs.plan, settings)
-    data = inputs.data()
-    alphas, rates = [point.alpha for point in points], [point.learning_rate for point in points]
-    initial = draw(inputs.state, data.info.num_classes, seed)
-    pack = Pack(inputs.state, data.info.num_classes, alphas, initial, device, settings.dtype, settings.penalty)
-    transform, augmentation = data.info.transform, inputs.run.augment
+    with _computing():
+        data = inputs.data()
+        alphas, rates = [point.alpha for point in points], [point.learning_rate for point in points]
+        initial = draw(inputs.state, data.info.num_classes, seed)
+        pack = Pack(inputs.state, data.info.num_classes, alphas, initial, device, settings.dtype, settings.penalty)
+        transform, augmentation = data.info.transform, inputs.run.augment
 
-    def view(raw: torch.Tensor, random: torch.Generator | None) -> torch.Tensor:
-        return transform(raw if random is None else augment(raw, random, **augmentation))
+        def view(raw: torch.Tensor, random: torch.Generator | None) -> torch.Tensor:
+            return transform(raw if random is None else augment(raw, random, **augmentation))
 
-    if augmentation:
-        train = pack.features(data.train.inputs, data.train.labels, view=view)
-    else:
-        train = pack.features(transform(data.train.inputs.to(device)), data.train.labels)
-    validation = pack.features(*_validation(inputs, device))
-    return pack, Training(pack, rates, train, validation, settings, seed, inputs.plan.task), train
+        if augmentation:
+            train = pack.features(data.train.inputs, data.train.labels, view=view)
+        else:
+            train = pack.features(transform(data.train.inputs.to(device)), data.train.labels)
+        validation = pack.features(*_validation(inputs, device))
+        return pack, Training(pack, rates, train, validation, settings, seed, inputs.plan.task), train
+
+
+@contextmanager
+def _computing() -> Iterator[None]:
+    """Inside, where no file is read or written, an error of the kinds that no machine is to blame for is a point's."""
+    try:
+        yield
+    except POINT_FAULTS as error:
+        raise PointFault(f"{type(error).__name__}: {error}") from error
 
 
 def scan_point(inputs: TaskInputs, point: Point, min_correct: int, rule: str) -> ScanRecord:
@@ -192,7 +208,8 @@ def _prepare(plan: TaskPlan, settings: TrainingSettings) -> torch.device:
     torch.set_flush_denormal(True)
     torch.set_float32_matmul_precision("high" if settings.precision == "tf32" else "highest")
     torch.manual_seed(0)
-    return torch.device(plan.environment.device)
+    # Made here, where a device that is missing is no fault of a point.
+    return torch.empty(0, device=plan.environment.device).device
 
 
 def _out_of_memory(error: BaseException) -> bool:

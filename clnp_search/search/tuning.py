@@ -8,6 +8,7 @@ its pack, which is trained by a Ray task with the resources of a trial.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
@@ -17,13 +18,16 @@ import ray
 from ray import tune
 from ray.tune.search import Searcher
 
+from clnp_search.errors import MachineFault
 from clnp_search.records import PackProgress
+from clnp_search.search.retries import cause_of, pause, tried
 
 if TYPE_CHECKING:
     from clnp_search.clnp.state import State
     from clnp_search.records import TaskPlan
     from clnp_search.search.trial import RunInputs
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 # Of a trial's own process, which only watches.
 WATCHER_BYTES = 256 << 20
@@ -31,18 +35,27 @@ WATCHER_BYTES = 256 << 20
 
 @dataclass(frozen=True)
 class Packs:
-    """Packs of a task that are to be trained, by their index in its plan.
+    """Packs of a task that are to be trained.
 
     Args:
+        indices: Of the packs, in the task's plan.
         inputs: The task's plan and state, in the object store.
     """
 
+    task: int
     indices: tuple[int, ...]
     inputs: ray.ObjectRef
 
 
-# Asks for packs to be trained, is sent the reason of each one that failed for good, and ends with a result.
-Program = Generator[Packs, dict[int, str], T]
+# Asks for packs to be trained, goes on when every point of them has a record, and ends with a result.
+Program = Generator[Packs, None, T]
+
+
+class _Ended(BaseException):
+    """A pack failed for good, by this fault. Not an `Exception`, which Tune would take for a failure of the trial."""
+
+    def __init__(self, fault: MachineFault) -> None:
+        self.fault = fault
 
 
 def run_trials(
@@ -61,17 +74,21 @@ def run_trials(
         options: Of the Ray task that trains a pack: its resources.
         num_slots: How many packs are trained at a time.
         ray_folder: Where Tune keeps its experiments: a path, and its pyarrow filesystem.
+        max_failures: How often a pack is tried again, and its trial started again.
         listen: Is told how the packs go on.
 
     Returns:
         The program's result.
+
+    Raises:
+        MachineFault: A pack failed more often than that, by no fault of its points. The others are cut short.
     """
     feed = _Feed(program, num_slots, listen)
     path, filesystem = ray_folder
     if not feed.finished:
         # A reference inside a list stays one: the trial hands it on without reading the inputs itself. The references
         # to a task's inputs come with its packs, as a part of the trials' configuration.
-        trainable = tune.with_parameters(_train_trial, shared=[shared], options=options)
+        trainable = tune.with_parameters(_train_trial, shared=[shared], options=options, max_failures=max_failures)
         tuner = tune.Tuner(
             tune.with_resources(trainable, {"memory": WATCHER_BYTES}),
             tune_config=tune.TuneConfig(
@@ -90,8 +107,8 @@ def run_trials(
         )
         try:
             tuner.fit()
-        except Exception as error:
-            program.throw(error)  # it ends as by an error of its own
+        except (Exception, _Ended) as error:  # the program ends as by an error of its own
+            program.throw(error.fault if isinstance(error, _Ended) else error)
     return feed.result()
 
 
@@ -112,9 +129,7 @@ class _Feed(Searcher):
         self._running: dict[str, int] = {}  # the pack of each trial
         self._epochs: dict[int, int] = {}
         self._best = 0.0
-        self._errors: dict[int, str] = {}  # of each pack, the last; Tune may try again
-        self._failed: dict[int, str] = {}
-        self._advance(None)
+        self._advance()
 
     def result(self) -> Any:
         """What the program returned; raises what it raised."""
@@ -125,7 +140,7 @@ class _Feed(Searcher):
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """The next trial's pack; None while there is none, or no slot for it."""
         if not self._waiting and not self._running and not self.finished:
-            self._advance(self._failed)
+            self._advance()
         if self.finished:
             return Searcher.FINISHED
         if not self._waiting or len(self._running) >= self._num_slots:
@@ -139,13 +154,16 @@ class _Feed(Searcher):
             self._epochs[pack] = result["epochs_done"]
             self._best = max(self._best, result["best_val_accuracy"])
             self._listen(PackProgress(dict(self._epochs), self._best))
-        elif "error" in result:
-            self._errors[pack] = result["error"]
+        elif "failures" in result:
+            fault = f"pack {pack} of task {self._packs.task}: {result['cause']}"
+            if result["given_up"]:
+                raise _Ended(MachineFault(fault + tried(result["failures"])))
+            logger.warning("%s; trying again", fault)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         pack = self._running.pop(trial_id)
         if error:
-            self._failed[pack] = self._errors.get(pack, "the trial died")
+            raise _Ended(MachineFault(f"pack {pack} of task {self._packs.task}: the process that watches over it died"))
 
     def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
         return True  # there is nothing to optimise: the packs are given
@@ -159,27 +177,32 @@ class _Feed(Searcher):
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles its experiment; the program is of this process only
 
-    def _advance(self, failed: dict[int, str] | None) -> None:
+    def _advance(self) -> None:
         try:
-            self._packs = next(self._program) if failed is None else self._program.send(failed)
+            self._packs = next(self._program)
             self._waiting, self._epochs, self._best = list(self._packs.indices), {}, 0.0
-            self._errors, self._failed = {}, {}
         except StopIteration as end:
             self._result, self.finished = end.value, True
         except Exception as error:  # Tune would wrap it
             self._error, self.finished = error, True
 
 
-def _train_trial(config: dict[str, Any], shared: list[ray.ObjectRef], options: dict[str, float]) -> None:
-    """A Tune trial: has its pack trained and reports what comes of it."""
+def _train_trial(
+    config: dict[str, Any], shared: list[ray.ObjectRef], options: dict[str, float], max_failures: int
+) -> None:
+    """A Tune trial: has its pack trained, tries again if that fails, and reports what comes of it."""
     # "DEFAULT" is outside the placement group of the trial itself, which has no cores.
     task = ray.remote(**options, max_retries=0, scheduling_strategy="DEFAULT")(_pack_task)
-    try:
-        for progress in task.remote(shared[0], config["inputs"][0], config["pack"]):
-            tune.report(ray.get(progress))
-    except Exception as error:
-        tune.report({"error": (str(error).strip() or repr(error)).splitlines()[-1]})
-        raise
+    for failures in range(1, max_failures + 2):
+        try:
+            for progress in task.remote(shared[0], config["inputs"][0], config["pack"]):
+                tune.report(ray.get(progress))
+            return
+        except Exception as error:
+            given_up = failures > max_failures
+            tune.report({"failures": failures, "given_up": given_up, "cause": cause_of(error)})
+            if not given_up:
+                pause(failures)
 
 
 def _pack_task(shared: RunInputs, of_task: tuple[TaskPlan, State], pack: int) -> Iterator[dict[str, float]]:

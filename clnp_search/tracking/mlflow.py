@@ -127,7 +127,7 @@ class MlflowTracker:
         """Logs a point in two steps: its training once it is recorded, its scan once the task has chosen."""
         name, folder = f"{plan.task:03d}/{point.name}", self._folder
         known = store.find(name)
-        trained = known is not None and known.status != "RUNNING"
+        trained = known is not None and known.status == "FINISHED"  # a failed one may have been trained again
         if known and trained and (selection is None or "selected" in known.tags):
             return
         record = folder.read_point(plan.task, point.name)
@@ -138,7 +138,7 @@ class MlflowTracker:
         params = self._params(point.alpha, point.learning_rate)
         metrics = [] if trained else _swept(params) + _training_metrics(record)
         tags = {"clnp.reason": record.reason, "mlflow.note.content": "\n".join(record.notes)}
-        tags = {key: text for key, text in tags.items() if text}
+        tags = {key: text for key, text in tags.items() if text or key in run.tags}
         if selection is not None:
             tags["selected"] = str(point.index == selection.chosen).lower()
             fingerprint = f"{self._sweep.forgetting.theta}-{selection.min_correct}"

@@ -31,13 +31,14 @@ def test_two_packs_train_on_halves_of_one_gpu_at_the_same_time(node: None, tmp_p
     cluster = Cluster(ResourcesConfig(cpu=1, gpu=0.5))
     assert cluster.capacity.num_slots == 2
 
-    def program() -> Program[dict[int, str]]:
-        return (yield Packs((0, 1), cluster.share((plan, inputs.state))))
+    def program() -> Program[str]:
+        yield Packs(0, (0, 1), cluster.share((plan, inputs.state)))
+        return "done"
 
     def listen(progress: PackProgress) -> None:
         free.append(ray.available_resources().get("GPU", 0.0))
 
-    assert cluster.train(program(), cluster.share(inputs.run), folder.ray_folder, 0, listen) == {}
+    assert cluster.train(program(), cluster.share(inputs.run), folder.ray_folder, 0, listen) == "done"
     records = [folder.read_point(0, point.name) for point in plan.points]
     assert [record.status for record in records if record] == ["done"] * 4
     assert min(free) == 0

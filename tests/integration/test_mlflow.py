@@ -11,6 +11,7 @@ import sys
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +219,26 @@ def test_a_failed_point_is_a_failed_run_with_its_reason(finished: RunFolder, swe
     assert point["status"] == "FAILED"
     assert point["tags"]["clnp.reason"] == "diverged"
     assert "val/unpruned_accuracy" not in point["metrics"]
+
+
+def test_a_failed_point_that_is_trained_again_is_logged_as_if_it_had_never_failed(
+    folder: RunFolder, sweep: Sweep
+) -> None:
+    steps = write_run(folder, sweep, num_tasks=1)
+    assert "trained 0 p003" in iter(steps)
+    tracker = MlflowTracker(folder, sweep)
+    tracker.sync()
+    record = folder.read_point(0, "p003")
+    assert record is not None
+    assert runs_of(sweep)["task 0: task-0/p003 alpha=0.001 lr=0.02"].info.status == "FAILED"
+    folder.delete_point(0, "p003")
+    tracker.sync()
+    folder.write_point(0, replace(record, status="done", val_correct=9000, val_total=10000, reason=""), None)
+    tracker.sync()
+    run = runs_of(sweep)["task 0: task-0/p003 alpha=0.001 lr=0.02"]
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["val/unpruned_accuracy"] == 0.9
+    assert run.data.tags["clnp.reason"] == ""
 
 
 def test_artifacts_of_the_sequence_and_of_its_tasks(finished: RunFolder, sweep: Sweep, tmp_path: Path) -> None:

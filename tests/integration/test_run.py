@@ -6,6 +6,8 @@ import csv
 import json
 import math
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +163,27 @@ def test_every_fault_of_a_sweep_is_named_and_nothing_is_written(cli: Cli) -> Non
         assert fault in answer.stderr
     assert not (cli.folder / "runs" / "bad").exists()
     cli("resume", "nowhere", status=2)
+
+
+def test_a_refused_run_leaves_nothing(cli: Cli) -> None:
+    wrong = ["--set", "scenario.validation=5000", "--storage", "refused", "--tracking-uri", "sqlite:///refused.db"]
+    assert "scenario.validation" in cli("run", "sweep.yaml", *wrong, status=2).stderr
+    assert not list(cli.folder.glob("refused*"))
+
+
+def test_with_json_only_the_document_is_on_standard_output() -> None:
+    code = """
+import os, subprocess
+from clnp_search.cli.console import print_json, reserve_output
+reserve_output(True)
+print("of this process")
+os.write(1, b"of a library")
+subprocess.run(["echo", "of a child"], check=True)
+print_json({"the": "document"})
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == {"the": "document"}
+    assert all(f"of {whom}" in done.stderr for whom in ("this process", "a library", "a child"))
 
 
 def test_more_than_any_node_has_is_refused_before_training(cli: Cli) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -95,31 +96,60 @@ def test_finished_points_are_not_written_again(tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("points/*")} == before
 
 
-def test_an_error_in_training_is_recorded_with_its_reason(tmp_path: Path) -> None:
-    inputs = make_inputs(tmp_path)
-    broken = replace(inputs, run=replace(inputs.run, scenario=replace(inputs.run.scenario, validation=10**6)))
-    run_all(broken)
-    assert {record.status for record in records(broken)} == {"failed"}
-    assert "scenario.validation" in records(broken)[0].reason
+def with_pack(monkeypatch: pytest.MonkeyPatch, before: Callable[[list[tuple[float, ...]]], object]) -> None:
+    """Has something done with the alphas of each pack before it is made."""
 
-
-@pytest.mark.parametrize(("fitting", "status"), [(2, "done"), (0, "failed")])
-def test_a_pack_that_runs_out_of_memory_is_split_and_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fitting: int, status: str
-) -> None:
-    class LargePack(Pack):
-        """A pack that asks for more memory than there is, really, when it has more points than fit."""
-
+    class OtherPack(Pack):
         def __init__(self, state: State, num_classes: int, alphas: list[tuple[float, ...]], *rest: Any) -> None:
-            if len(alphas) > fitting:
-                torch.empty(2**45)
+            before(alphas)
             super().__init__(state, num_classes, alphas, *rest)
 
-    monkeypatch.setattr(trial, "Pack", LargePack)
+    monkeypatch.setattr(trial, "Pack", OtherPack)
+
+
+def test_a_fault_of_one_point_is_its_own_and_the_others_are_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = make_inputs(tmp_path, alphas=4)
+    wrong = inputs.plan.points[2].alpha
+    with_pack(monkeypatch, lambda alphas: 1 / (wrong not in alphas))
+    run_all(inputs)
+    failed = [record for record in records(inputs) if record.status == "failed"]
+    assert [record.point.alpha for record in failed] == [wrong, wrong]
+    assert {record.reason for record in failed} == {"ZeroDivisionError: division by zero"}
+    assert len(records(inputs)) == 8
+
+
+def test_a_pack_that_runs_out_of_memory_is_split_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_pack(monkeypatch, lambda alphas: torch.empty(2**45 if len(alphas) > 2 else 1))
     inputs = make_inputs(tmp_path)
     run_all(inputs)
-    assert [record.status for record in records(inputs)] == [status] * 4
-    if status == "done":
-        assert all("4 points ran out of memory and was split" in record.notes[0] for record in records(inputs))
-    else:
-        assert all("memory" in record.reason for record in records(inputs))
+    assert [record.status for record in records(inputs)] == ["done"] * 4
+    assert all("4 points ran out of memory and was split" in record.notes[0] for record in records(inputs))
+
+
+def no_memory(alphas: object) -> object:
+    return torch.empty(2**45)
+
+
+def no_space(alphas: object) -> object:
+    return Path("/dev/full").write_text("full")
+
+
+@pytest.mark.parametrize("fault", [no_memory, no_space])
+def test_a_fault_of_the_machine_is_no_result_of_a_point(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Callable[[object], object]
+) -> None:
+    inputs = make_inputs(tmp_path)
+    with_pack(monkeypatch, fault)
+    with pytest.raises((RuntimeError, OSError)):
+        run_all(inputs)
+    assert records(inputs) == []
+
+
+def test_a_gpu_that_is_not_there_is_no_result_of_a_point(tmp_path: Path) -> None:
+    inputs = make_inputs(tmp_path)
+    plan = replace(inputs.plan, environment=replace(inputs.plan.environment, device="cuda:99"))
+    with pytest.raises((RuntimeError, AssertionError)):
+        run_all(replace(inputs, plan=plan))
+    assert records(inputs) == []

@@ -1,0 +1,48 @@
+"""What is printed where: documents on standard output, all else on standard error, and the exit statuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from clnp_search.storage import RunFolder
+
+DONE, FAILED, INPUT_WRONG, INTERRUPTED, NOT_VERIFIED = range(5)
+
+out = Console()
+err = Console(stderr=True)
+
+
+_document = sys.stdout  # where the one document of a command goes
+
+
+def reserve_output(as_json: bool) -> bool:
+    """Keeps standard output for the document alone: what libraries and child processes print goes to standard error."""
+    global _document
+    if as_json:
+        sys.stdout.flush()
+        _document = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    return as_json
+
+
+def print_json(document: Any) -> None:
+    """Prints the one document of a command on standard output."""
+    print(json.dumps(document, indent=1), file=_document, flush=True)
+
+
+def as_typed(folder: RunFolder) -> str:
+    """A run as a person would type it here."""
+    path = folder.local_path
+    if path is None:
+        return folder.uri
+    here = Path.cwd()
+    if path.parent == here / "runs":
+        return path.name
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)

@@ -1,0 +1,81 @@
+"""Options and arguments that several commands share, and the sweep or run folder that they name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from clnp_search.cli.console import reserve_output
+from clnp_search.errors import InputError
+
+if TYPE_CHECKING:
+    from clnp_search.config import Sweep
+    from clnp_search.storage import RunFolder
+
+SweepFile = Annotated[Path, typer.Argument(metavar="SWEEP.yaml", help="The sweep file.", show_default=False)]
+Run = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or a name under --storage.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. training.epochs=3.")
+]
+Storage = Annotated[str, typer.Option("--storage", metavar="URI", help="Where run folders are.")]
+Address = Annotated[str, typer.Option("--address", help="Ray: local (starts one), auto (finds one), or HOST:PORT.")]
+AsJson = Annotated[
+    bool, typer.Option("--json", callback=reserve_output, help="Print one JSON document on standard output.")
+]
+TaskIndex = Annotated[int, typer.Option("--task", metavar="K", min=0, help="Which task, from 0.", show_default=False)]
+RunName = Annotated[str | None, typer.Option("--name", help="Name of the run folder. Default: the sweep's name.")]
+RunStorage = Annotated[
+    str | None, typer.Option("--storage", metavar="URI", help="Where the run folder goes. Default: the sweep's.")
+]
+TrackingUri = Annotated[
+    str | None, typer.Option("--tracking-uri", metavar="URI", help="MLflow store or server; none: no tracking.")
+]
+
+
+def located(sweep: Sweep, storage: str | None, tracking_uri: str | None) -> Sweep:
+    """The sweep with every place made absolute, so that it means the same from another folder."""
+    from clnp_search.config import TrackingConfig
+
+    storage = storage or sweep.storage
+    return sweep.model_copy(
+        update={
+            "scenario": sweep.scenario.model_copy(update={"root": str(Path(sweep.scenario.root).absolute())}),
+            "modules": tuple(str(Path(folder).absolute()) for folder in sweep.modules),
+            "storage": storage if "://" in storage else str(Path(storage).absolute()),
+            "tracking": TrackingConfig(uri=absolute_sqlite(tracking_uri or sweep.tracking.uri)),
+        }
+    )
+
+
+def absolute_sqlite(uri: str) -> str:
+    """The tracking URI with the path of a local database made absolute."""
+    prefix = "sqlite:///"
+    path = uri.removeprefix(prefix)
+    return f"{prefix}{Path(path).absolute()}" if uri.startswith(prefix) and not path.startswith("/") else uri
+
+
+def open_named(run: str, storage: str) -> tuple[Sweep, RunFolder]:
+    """The sweep and the folder of a run that exists.
+
+    Raises:
+        InputError: There is none of that name.
+    """
+    from clnp_search.config import sweep_of
+    from clnp_search.storage import open_run
+
+    folder = open_run(run, storage)
+    return sweep_of(folder), folder
+
+
+def require_task(folder: RunFolder, task: int) -> None:
+    """Nothing, if the task is committed.
+
+    Raises:
+        InputError: It is not.
+    """
+    committed = len(folder.read_results())
+    if task >= committed:
+        allowed = f"0 to {committed - 1}" if committed else "none yet"
+        raise InputError(f"--task {task}: not committed; allowed: {allowed}")

@@ -1,0 +1,67 @@
+"""How a cluster is found, started and left."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from pathlib import Path
+
+import pytest
+from builders import make_inputs
+
+from clnp_search.config import ResourcesConfig
+from clnp_search.errors import InputError, MachineFault
+from clnp_search.search import cluster, retries
+from clnp_search.search.cluster import connect
+
+
+@pytest.mark.parametrize("address", ["foo", "foo:bar", ":6379", "ray://foo"])
+def test_an_address_of_no_known_form_is_refused(address: str) -> None:
+    with pytest.raises(InputError, match="allowed are local, auto, HOST:PORT"), connect(address, ResourcesConfig()):
+        pass
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:9", "127.0.0.1:99999", "ray://127.0.0.1:9"])
+def test_an_address_where_nothing_answers_is_refused_at_once(address: str) -> None:
+    with pytest.raises(InputError, match="no Ray cluster can be reached"), connect(address, ResourcesConfig()):
+        pass
+
+
+def test_a_ray_that_cannot_be_started_is_tried_again_and_then_said_in_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / ("x" * 100)))  # longer than the name of a socket may be
+    monkeypatch.setattr(retries, "PAUSE_S", 0.0)
+    with pytest.raises(MachineFault, match=r"Ray cannot be started here: .+ \(tried 4 times\)"):
+        connect("local", ResourcesConfig()).__enter__()
+    assert [record.getMessage().endswith("trying again") for record in caplog.records] == [True] * 3
+
+
+def test_a_scan_that_fails_is_tried_again_and_then_said_in_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retries, "PAUSE_S", 0.0)
+    inputs = make_inputs(tmp_path)  # nothing is trained
+    with connect("local", ResourcesConfig()) as here:
+        shared, of_task = here.share(inputs.run), here.share((inputs.plan, inputs.state))
+        scans = here.scan(shared, of_task, inputs.plan.points[:1], 0, "global", max_failures=1)
+        with pytest.raises(MachineFault, match=r"threshold scan of p000: FileNotFoundError: .+ \(tried 2 times\)"):
+            next(scans)
+
+
+def test_no_other_thread_can_free_what_is_rays_while_it_shuts_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Holding:
+        def __init__(self) -> None:
+            self.reference, self.itself = cluster.ray.put(1), self
+
+    shut_down, held, seen = cluster.ray.shutdown, list[weakref.ref[Holding]](), list[tuple[bool, bool]]()
+
+    def watched() -> None:
+        seen.append((gc.isenabled(), all(each() is None for each in held)))
+        shut_down()
+
+    monkeypatch.setattr(cluster.ray, "shutdown", watched)
+    with connect("local", ResourcesConfig()):
+        held.append(weakref.ref(Holding()))
+    assert seen[-1] == (False, True)
+    assert gc.isenabled()
