@@ -8,16 +8,22 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
-from clnp_search.clnp.state import State
-from clnp_search.clnp.training import TrainingSettings
 from clnp_search.config import Sweep
 from clnp_search.records import Point
 from clnp_search.tasks import Task
 
+if TYPE_CHECKING:
+    from clnp_search.clnp.state import State
+    from clnp_search.clnp.training import TrainingSettings
+
 # Resident memory of a trial's process before any data: Python, torch, ray and pyarrow (measured; see
 # tests/benchmarks/README.md).
 PROCESS_BYTES = 680 << 20
+# Raised with every change of the code after which the same settings give other bits: points of before and after
+# have other keys, and are never mixed.
+NUMERICS = 1
 
 
 def grid(sweep: Sweep, chosen: Point | None) -> tuple[Point, ...]:
@@ -32,9 +38,12 @@ def grid(sweep: Sweep, chosen: Point | None) -> tuple[Point, ...]:
     return tuple(Point(index, sweep.layer_alphas(alpha), rate) for index, (alpha, rate) in enumerate(product))
 
 
-def point_key(parent_digest: str, task: Task, data_digest: str, sweep: Sweep, point: Point) -> str:
+def point_key(
+    parent_digest: str, task: Task, data_digest: str, sweep: Sweep, point: Point, numerics: int = NUMERICS
+) -> str:
     """The hash of all that a point's result depends on, besides the machine."""
     parts = {
+        "numerics": numerics,
         "state": parent_digest,
         "task": asdict(task),
         "data": data_digest,

@@ -160,13 +160,20 @@ def _begin(inputs: TaskInputs, points: Sequence[Point]) -> tuple[Pack, Training,
 
 
 def scan_point(inputs: TaskInputs, point: Point, min_correct: int, rule: str) -> ScanRecord:
-    """The threshold scan of a finished point."""
+    """The threshold scan of a finished point, in float32 like the subnetwork that is cut at its threshold."""
     device = _prepare(inputs.plan, inputs.run.settings)
+    torch.set_float32_matmul_precision("highest")
     data = inputs.data()
-    trained = RunFolder(inputs.run.folder).read_trained(inputs.plan.task, point.name)
+    folder, task = RunFolder(inputs.run.folder), inputs.plan.task
+    record = folder.read_point(task, point.name)
+    assert record is not None, "candidates are finished points"
+    trained = folder.read_trained(task, record)
     values = data.info.transform(data.validation.inputs.to(device))
     candidate = Candidate(inputs.state, trained, values, data.validation.labels.to(device))
-    return scan(candidate, point.index, min_correct, rule)
+    found = scan(candidate, point.index, min_correct, rule)
+    return replace(
+        found, rule=rule, min_correct=min_correct, key=record.key, parameters_sha256=record.parameters_sha256
+    )
 
 
 def _prepare(plan: TaskPlan, settings: TrainingSettings) -> torch.device:

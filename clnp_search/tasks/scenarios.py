@@ -119,6 +119,11 @@ class Scenario:
     validation: int
     allowed_tasks: tuple[int, ...] = ()
 
+    @property
+    def extensible(self) -> bool:
+        """Whether a longer sequence begins with the same tasks."""
+        return not self.split
+
     def task(self, index: int, num_tasks: int) -> Task:
         """Task `index` of a sequence of `num_tasks`."""
         if not self.split:
