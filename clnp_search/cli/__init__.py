@@ -99,22 +99,29 @@ def run(
     address: Address = "local",
     as_json: AsJson = False,
 ) -> None:
-    """Run a sweep: search, prune and freeze task after task. The same command resumes a run that is partly done."""
+    """Run a sweep: search, prune and freeze task after task.
+
+    The same command resumes a run that is partly done; with a larger scenario.tasks a finished one goes on.
+    """
+    from clnp_search.agreement import check_sweep
     from clnp_search.config import load_sweep, sweep_of
     from clnp_search.storage import run_folder
 
     sweep = _located(load_sweep(sweep_file, overrides), storage, tracking_uri)
     folder = run_folder(sweep.storage, name or sweep.name)
-    if folder.exists("sweep.yaml"):
-        recorded = sweep_of(folder)
+    recorded = sweep_of(folder) if folder.exists("sweep.yaml") else None
+    if recorded is not None:
         if different := sweep.differences(recorded):
             listed = "\n  ".join(different)
             raise InputError(
                 f"{folder.uri} is a run with other settings:\n  {listed}\n"
                 "Give the new run another name with --name, or resume the old one with `clnp-search resume`."
             )
-        sweep = recorded.model_copy(update={"tracking": sweep.tracking, "resources": sweep.resources})
-    else:
+        scenario = recorded.scenario.model_copy(update={"tasks": sweep.scenario.tasks})
+        update = {"scenario": scenario, "tracking": sweep.tracking, "resources": sweep.resources}
+        sweep = recorded.model_copy(update=update)
+    check_sweep(folder, sweep)
+    if recorded is None or recorded.scenario != sweep.scenario:  # a new run, or one that is given more tasks
         folder.write_sweep(sweep.to_yaml())
     _execute(sweep, folder, address, as_json)
 
@@ -128,7 +135,10 @@ def resume(
     as_json: AsJson = False,
 ) -> None:
     """Go on with a run from its folder alone."""
+    from clnp_search.agreement import check_sweep
+
     sweep, folder = _open(run, storage)
+    check_sweep(folder, sweep)
     _execute(_located(sweep, None, tracking_uri), folder, address, as_json)
 
 
@@ -230,11 +240,11 @@ def status(run: Run, storage: Storage = "runs/", as_json: AsJson = False) -> Non
 @app.command()
 def verify(run: Run, storage: Storage = "runs/", as_json: AsJson = False) -> None:
     """Prove that nothing was forgotten: digests, cut weights, and every task evaluated again. Status 4 if not."""
-    from clnp_search.sequence import TaskSequence
+    from clnp_search.storage import open_run
     from clnp_search.verification import verify as check_run
 
-    sweep, folder = _open(run, storage)
-    checks = check_run(folder, TaskSequence(sweep))
+    folder = open_run(run, storage)
+    checks = check_run(folder)
     failed = [check for check in checks if not check.passed]
     if as_json:
         _print_json({"run": folder.uri, "verified": not failed, "checks": [asdict(check) for check in checks]})
@@ -242,7 +252,7 @@ def verify(run: Run, storage: Storage = "runs/", as_json: AsJson = False) -> Non
         table = Table("task", "check", "", "found", header_style="bold")
         for check in checks:
             mark = "[green]passed[/]" if check.passed else "[red]FAILED[/]"
-            table.add_row(str(check.task), check.name, mark, check.detail)
+            table.add_row("-" if check.task is None else str(check.task), check.name, mark, check.detail)
         out.print(table)
         out.print(
             f"[red]{len(failed)} of {len(checks)} checks failed[/]" if failed else f"all {len(checks)} checks passed"
