@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from typer.exceptions import TyperException
 
@@ -252,7 +253,7 @@ def verify(run: Run, storage: Storage = "runs/", as_json: AsJson = False) -> Non
         table = Table("task", "check", "", "found", header_style="bold")
         for check in checks:
             mark = "[green]passed[/]" if check.passed else "[red]FAILED[/]"
-            table.add_row("-" if check.task is None else str(check.task), check.name, mark, check.detail)
+            table.add_row("-" if check.task is None else str(check.task), check.name, mark, escape(check.detail))
         out.print(table)
         out.print(
             f"[red]{len(failed)} of {len(checks)} checks failed[/]" if failed else f"all {len(checks)} checks passed"
