@@ -122,10 +122,12 @@ class RunFolder:
         """The run's resolved sweep, as YAML.
 
         Raises:
-            InputError: This is no run folder.
+            InputError: This is no run folder, or the file is no text.
         """
         try:
             return self.read("sweep.yaml").decode()
+        except UnicodeDecodeError as error:
+            raise InputError(f"{self.uri}/sweep.yaml: {error}") from error
         except FileNotFoundError:
             raise InputError(f"{self.uri}: no run folder (it has no sweep.yaml)") from None
 
