@@ -356,20 +356,39 @@ class Sweep(_Section):
         writer.dump(json.loads(self.model_dump_json()), stream)
         return stream.getvalue()
 
-    def differences(self, other: Sweep) -> list[str]:
-        """The settings that decide results and differ from another sweep's, one `key: mine, other's` each."""
-        mine, others = self.model_dump(mode="json"), other.model_dump(mode="json")
-        for dump in (mine, others):
-            for key in ("name", "storage", "tracking", "resources", "modules"):
-                dump.pop(key)
-            dump["scenario"].pop("root")
-        flat, other_flat = dict(_flatten(mine)), dict(_flatten(others))
-        keys = dict.fromkeys([*flat, *other_flat])
-        return [
-            f"{key}: {flat.get(key)} here, {other_flat.get(key)} there"
-            for key in keys
-            if flat.get(key) != other_flat.get(key)
-        ]
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides the results and the choice of each task, by key; the number of tasks only if it changes them."""
+        kind = kind_of(self.scenario.name)
+        left_out = {"root", "tasks"} if kind is not None and kind.extensible else {"root"}
+        dump = {
+            "seed": self.seed,
+            "scenario": self.scenario.model_dump(mode="json", exclude=left_out),
+            "network": self.network.model_dump(mode="json"),
+            "head": self.head.model_dump(mode="json"),
+            "training": self.training.model_dump(mode="json"),
+            "search": self.search.model_dump(mode="json", include={"tasks", "alpha", "learning_rate"}),
+            "forgetting": self.forgetting.model_dump(mode="json"),
+        }
+        return dict(_flatten(dump))
+
+    def differences(self, recorded: Sweep) -> list[str]:
+        """Why this sweep cannot go on with a run of another one: `key: here, there` for each setting that keeps it.
+
+        More tasks than the run has are none, where those that it has stay as they are.
+        """
+        mine, theirs = (
+            sweep.settings | dict(_flatten(sweep.model_dump(mode="json", include={"search", "capacity"})))
+            for sweep in (self, recorded)
+        )
+        keys = [key for key in mine if key != "scenario.tasks" and mine[key] != theirs.get(key)]
+        found = [f"{key}: {mine[key]} here, {theirs.get(key)} there" for key in keys]
+        here, there = self.scenario.tasks, recorded.scenario.tasks
+        if here != there and "scenario.tasks" in mine:
+            found.append(f"scenario.tasks: {here} here, {there} there (the tasks so far would be others)")
+        elif here is not None and there is not None and here < there:
+            found.append(f"scenario.tasks: {here} here, {there} there (a run can be given more tasks, not fewer)")
+        return found
 
 
 def load_sweep(path: Path, overrides: list[str] | None = None) -> Sweep:

@@ -5,8 +5,8 @@ Plain data only: no tensors, no files, no live objects. Everything here can be w
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 PointStatus = Literal["done", "failed"]
 RunStatus = Literal["running", "complete", "depleted", "failed"]
@@ -51,6 +51,9 @@ class TaskPlan:
         points: The grid, in order.
         keys: For each point, the hash of everything that its result depends on.
         packs: For each pack, the indices of its points.
+        settings: The sweep's settings that decide the task's results and choice (`Sweep.settings`).
+        data_digest: SHA-256 of the data set.
+        numerics: The `NUMERICS` of the code that the points are trained with.
     """
 
     task: int
@@ -60,6 +63,9 @@ class TaskPlan:
     keys: tuple[str, ...]
     packs: tuple[tuple[int, ...], ...]
     environment: Environment
+    settings: dict[str, Any] = field(default_factory=dict)
+    data_digest: str = ""
+    numerics: int = 0
 
 
 @dataclass(frozen=True)
@@ -116,6 +122,7 @@ class PointRecord:
     Args:
         val_correct: Validation samples that the unpruned network gets right, of `val_total`.
         seconds: The point's share of its pack's training time.
+        parameters_sha256: Of the file of its parameters; empty if it failed.
     """
 
     key: str
@@ -127,6 +134,7 @@ class PointRecord:
     seconds: float = 0.0
     reason: str = ""
     notes: tuple[str, ...] = ()
+    parameters_sha256: str = ""
 
     @property
     def val_accuracy(self) -> float:
@@ -159,6 +167,8 @@ class ScanRecord:
         curve: Accuracy against one threshold for all layers, from the highest theta down.
         layer_curves: For each hidden layer, accuracy while its threshold alone is raised
             (only with one theta for each layer).
+        rule, min_correct: What the scan was asked: one theta or one a layer, and the limit in right samples.
+        key, parameters_sha256: The point record's, whose parameters were scanned.
     """
 
     point: int
@@ -171,6 +181,15 @@ class ScanRecord:
     curve: tuple[CurveStep, ...]
     layer_curves: tuple[tuple[CurveStep, ...], ...] = ()
     seconds: float = 0.0
+    rule: str = ""
+    min_correct: int = 0
+    key: str = ""
+    parameters_sha256: str = ""
+
+    def is_of(self, record: PointRecord, rule: str, min_correct: int) -> bool:
+        """Whether this is the scan of that record's parameters, by that rule and limit."""
+        asked = (record.point.index, rule, min_correct, record.key, record.parameters_sha256)
+        return asked == (self.point, self.rule, self.min_correct, self.key, self.parameters_sha256)
 
     @property
     def val_accuracy(self) -> float:
@@ -238,6 +257,7 @@ class TaskResult:
         test_accuracies: Test accuracy of tasks 0..index, all evaluated again after this task.
         digest: SHA-256 of the task's subnetwork.
         state_digest: SHA-256 of the whole state after the task.
+        state_sha256: SHA-256 of the file that holds it.
     """
 
     index: int
@@ -252,6 +272,7 @@ class TaskResult:
     digest: str
     state_digest: str
     seconds: float
+    state_sha256: str = ""
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,8 @@ def choose(
 
     def rank(scan: ScanRecord) -> tuple[float, ...]:
         point = points[scan.point]
-        return (-measure(scan), -scan.val_correct, sum(point.alpha), point.learning_rate, point.index)
+        # The exact sum, rounded once: a plain one differs between orders of the same values.
+        return (-measure(scan), -scan.val_correct, math.fsum(point.alpha), point.learning_rate, point.index)
 
     ranked = sorted(passing, key=rank)
     chosen = ranked[0]

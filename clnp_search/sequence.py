@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from clnp_search import selection
+from clnp_search.agreement import check_commit, check_plan, check_selection, check_sweep, recorded_choice
 from clnp_search.clnp.state import FREE, Architecture, State, commit
 from clnp_search.clnp.subnetwork import Subnetwork, subnetworks
 from clnp_search.config import Sweep
@@ -35,6 +36,7 @@ from clnp_search.records import (
     summarise,
 )
 from clnp_search.search.points import (
+    NUMERICS,
     MemoryEstimate,
     auto_points_per_trial,
     estimate_memory,
@@ -90,9 +92,27 @@ class TaskSequence:
 
     def key(self, state: State, index: int, point: Point) -> str:
         """The hash of all that a point's result depends on, besides the machine."""
+        return point_key(state.digest, self.task(index), self.data_digest(index), self.sweep, point)
+
+    def data_digest(self, index: int) -> str:
+        """SHA-256 of the samples and splits of the task at `index`, and of how its network sees them."""
         if index not in self._digests:
             self._digests[index] = self.data(index).digest
-        return point_key(state.digest, self.task(index), self._digests[index], self.sweep, point)
+        return self._digests[index]
+
+    def read_plan(self, folder: RunFolder, index: int, parent_digest: str) -> TaskPlan | None:
+        """A task's recorded plan, or None before there is one.
+
+        Args:
+            parent_digest: Of the state before the task.
+
+        Raises:
+            InputError: The sweep, the data or that state are not those that the task was planned with.
+        """
+        plan = folder.read_plan(index)
+        if plan is not None:
+            check_plan(folder, plan, self.sweep, parent_digest, self.data_digest(index), self.task(index))
+        return plan
 
     @property
     def architecture(self) -> Architecture:
@@ -142,6 +162,7 @@ class Runner:
         """Commits every task that is not committed yet. Whatever is raised, what is finished stays, and can be resumed.
 
         Raises:
+            InputError: The run folder is of other settings or data; nothing was written.
             MachineFault: What the run needs failed, time after time.
             RuntimeError: A task has no usable point.
         """
@@ -162,6 +183,7 @@ class Runner:
     def _tasks(self) -> Program[Summary]:
         """Task after task; asks for packs to be trained, after which each of their points has its record."""
         results = self._folder.read_results()
+        self._check_plans(results)
         state = self._folder.read_state(len(results) - 1) if results else self._sequence.empty_state()
         summary = self._write_summary(results, state)
         try:
@@ -177,6 +199,21 @@ class Runner:
                 self._folder.write_summary(self._summary("failed", results, state))
             raise
         return summary
+
+    def _check_plans(self, results: tuple[TaskResult, ...]) -> None:
+        """Holds the plans so far, also of committed tasks, against the sweep, the data and one another."""
+        folder = self._folder
+        check_sweep(folder, self._sweep)
+        digests = [self._sequence.empty_state().digest, *(result.state_digest for result in results)]
+        plans = [self._sequence.read_plan(folder, index, digest) for index, digest in enumerate(digests)]
+        *committed, begun = plans
+        if None in committed:
+            raise RuntimeError(f"{folder.uri}: task {committed.index(None)}: plan.json is missing")
+        if begun is not None and begun.numerics != NUMERICS:
+            raise InputError(
+                f"{folder.uri}: task {begun.task} was begun by clnp-search {begun.environment.clnp_search}, whose "
+                "results differ from this version's in their bits; go on with that version, or start a new run"
+            )
 
     @cached_property
     def _shared(self) -> ObjectRef:
@@ -199,30 +236,32 @@ class Runner:
         records = yield from self._train(plan, inputs)
         scans = self._scan(index, inputs, records)
         choice = selection.choose(records, scans, sweep.forgetting.margin, sweep.forgetting.sparsity)
+        check_selection(folder, index, choice)
         scan = next(scan for scan in scans if scan.point == choice.chosen)
+        record = next(record for record in records if record.point.index == choice.chosen)
         assert scan.theta is not None
-        point = plan.points[choice.chosen]
+        data = self._sequence.data(index)
+        theta = dict(zip(state.graph.groups, scan.theta, strict=True))
+        after = commit(state, data.info, folder.read_trained(index, record), theta)
+        subnetwork = Subnetwork(after, index)
+        check_commit(count_units(after), num_correct(subnetwork, data.validation), scan)
         folder.write_selection(index, choice)
         self._write_tables(index, records, scans, choice, tuple(state.graph.groups))
-        info = self._sequence.data(index).info
-        theta = dict(zip(state.graph.groups, scan.theta, strict=True))
-        after = commit(state, info, folder.read_trained(index, point.name), theta)
-        folder.write_state(index, after)
+        state_sha256 = folder.write_state(index, after)
         accuracies = tuple(test_accuracies(self._sequence, after))
         result = TaskResult(
             index=index,
             name=plan.name,
             best_val_accuracy=choice.best_val_accuracy,
             margin=choice.margin,
-            selected=Selected(
-                point.name, point.alpha, point.learning_rate, scan.theta, scan.val_accuracy, scan.unit_sparsity
-            ),
+            selected=selected(record.point, scan),
             test_accuracy=accuracies[-1],
             test_accuracies=accuracies,
             units=count_units(after),
             points=len(records),
-            digest=Subnetwork(after, index).digest,
+            digest=subnetwork.digest,
             state_digest=after.digest,
+            state_sha256=state_sha256,
             seconds=time.perf_counter() - started,
         )
         folder.write_result(result)
@@ -230,15 +269,12 @@ class Runner:
 
     def _plan(self, index: int, state: State) -> TaskPlan:
         """The task's recorded plan, or a new one."""
-        existing = self._folder.read_plan(index)
+        points = grid(self._sweep, reused_point(self._folder, self._sweep, index))
+        existing = self._sequence.read_plan(self._folder, index, state.digest)
         if existing is not None:
-            if existing.parent_digest != state.digest:
-                raise InputError(
-                    f"{self._folder.uri}: task {index} was planned on another state than the one before it; "
-                    "a file of this run was changed"
-                )
+            if existing.points != points:
+                raise RuntimeError(f"{self._folder.uri}: task {index} was planned with another grid than the sweep's")
             return self._adopt(existing)
-        points = grid(self._sweep, self._reused_point(index))
         plan = TaskPlan(
             task=index,
             name=self._sequence.task(index).name,
@@ -247,6 +283,9 @@ class Runner:
             keys=tuple(self._sequence.key(state, index, point) for point in points),
             packs=self._packs(points, index, state),
             environment=self._environment(),
+            settings=self._sweep.settings,
+            data_digest=self._sequence.data_digest(index),
+            numerics=NUMERICS,
         )
         self._folder.write_plan(plan)
         return plan
@@ -265,14 +304,6 @@ class Runner:
         if plan.environment != here:
             logger.warning("task %d was begun as %s and goes on as %s", plan.task, plan.environment, here)
         return plan
-
-    def _reused_point(self, index: int) -> Point | None:
-        if index == 0 or self._sweep.search.tasks == "every":
-            return None
-        first, choice = self._folder.read_plan(0), self._folder.read_selection(0)
-        assert first is not None, "task 0 is committed"
-        assert choice is not None, "task 0 is committed"
-        return first.points[choice.chosen]
 
     def _train(self, plan: TaskPlan, inputs: ObjectRef) -> Program[list[PointRecord]]:
         """Trains what is missing; every point of the plan has a record afterwards."""
@@ -310,10 +341,14 @@ class Runner:
         scans, missing = [], []
         for record in inside:
             scan = self._folder.read_scan(task, record.point.index, fingerprint)
-            if scan is None:
-                missing.append(record.point)
-            else:
+            if scan is not None and scan.is_of(record, rule, limit):
                 scans.append(scan)
+                continue
+            if scan is not None:
+                logger.warning(
+                    "task %d: %s is scanned again: its scan was of other parameters", task, record.point.name
+                )
+            missing.append(record.point)
         retries = self._sweep.search.max_failures
         for scan in self._cluster.scan(self._shared, inputs, missing, limit, rule, retries):
             self._folder.write_scan(task, scan, fingerprint)
@@ -378,6 +413,22 @@ class Runner:
         )
 
 
+def reused_point(folder: RunFolder, sweep: Sweep, index: int) -> Point | None:
+    """What the first task chose, if the task at `index` shall reuse it; found anew from that task's records."""
+    if index == 0 or sweep.search.tasks == "every":
+        return None
+    first = folder.read_plan(0)
+    assert first is not None, "task 0 is committed"
+    _, _, choice = recorded_choice(folder, first, sweep.forgetting)
+    return first.points[choice.chosen]
+
+
+def selected(point: Point, scan: ScanRecord) -> Selected:
+    """A chosen point and what its scan found, as a task's result shows them."""
+    assert scan.theta is not None, "chosen points have a theta"
+    return Selected(point.name, point.alpha, point.learning_rate, scan.theta, scan.val_accuracy, scan.unit_sparsity)
+
+
 def count_units(state: State) -> dict[str, Units]:
     """Units of each group: all, active, grown by the last task, still free."""
     counts = {}
@@ -390,8 +441,9 @@ def count_units(state: State) -> dict[str, Units]:
 def test_accuracies(sequence: TaskSequence, state: State) -> list[float]:
     """Test accuracy of every committed task, evaluated on its subnetwork."""
     splits = (sequence.data(task).test for task in range(state.num_tasks))
-    return [_accuracy(network, split) for network, split in zip(subnetworks(state), splits, strict=True)]
+    return [num_correct(network, split) / len(split) for network, split in zip(subnetworks(state), splits, strict=True)]
 
 
-def _accuracy(network: Subnetwork, split: Split) -> float:
-    return network.accuracy(split.inputs, split.labels)
+def num_correct(network: Subnetwork, split: Split) -> int:
+    """How many of a split's samples a subnetwork gets right."""
+    return network.num_correct(split.inputs, split.labels)

@@ -3,23 +3,28 @@
 The run folder is the truth: Ray's experiment folders and MLflow are projections of it. Every file appears whole or
 not at all, and is written once, but for `summary.json`, `mlflow.json`, `lease.json` and pack checkpoints, which are
 replaced.
+
+What is read back is what was written: a record ends with the SHA-256 of all before it, and carries that of the
+tensors that it stands for. A file that does not agree is refused by name.
 """
 
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import os
 import re
 import uuid
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pyarrow.fs
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from clnp_search.errors import InputError
 from clnp_search.records import (
@@ -38,6 +43,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
+SHA256_BYTES = hashlib.sha256().digest_size
 
 
 class RunFolder:
@@ -118,10 +124,12 @@ class RunFolder:
         """The run's resolved sweep, as YAML.
 
         Raises:
-            InputError: This is no run folder.
+            InputError: This is no run folder, or the file is no text.
         """
         try:
             return self.read("sweep.yaml").decode()
+        except UnicodeDecodeError as error:
+            raise InputError(f"{self.uri}/sweep.yaml: {error}") from error
         except FileNotFoundError:
             raise InputError(f"{self.uri}: no run folder (it has no sweep.yaml)") from None
 
@@ -164,25 +172,32 @@ class RunFolder:
         return self._read_record(f"{_task(task)}/plan.json", TaskPlan)
 
     def write_checkpoint(self, task: int, pack: str, data: bytes) -> None:
-        """Replaces a pack's checkpoint."""
-        self.write(f"{_task(task)}/packs/{pack}.safetensors", data)
+        """Replaces a pack's checkpoint; its digest stands behind it."""
+        self.write(f"{_task(task)}/packs/{pack}.safetensors", data + hashlib.sha256(data).digest())
 
     def read_checkpoint(self, task: int, pack: str) -> bytes | None:
-        """A pack's last checkpoint, or None."""
+        """A pack's last checkpoint, or None; empty if it is damaged."""
         try:
-            return self.read(f"{_task(task)}/packs/{pack}.safetensors")
+            sealed = self.read(f"{_task(task)}/packs/{pack}.safetensors")
         except FileNotFoundError:
             return None
+        data, digest = sealed[:-SHA256_BYTES], sealed[-SHA256_BYTES:]
+        return data if hashlib.sha256(data).digest() == digest else b""
 
     def delete_checkpoint(self, task: int, pack: str) -> None:
         """Removes a pack's checkpoint."""
         self.delete(f"{_task(task)}/packs/{pack}.safetensors")
 
     def write_point(self, task: int, record: PointRecord, trained: FreeParameters | None) -> None:
-        """Records a finished point. Its record is written last, so that where it stands the parameters are whole."""
+        """Records a finished point, with the SHA-256 of its parameters.
+
+        The record is written last, so that where it stands the parameters are whole.
+        """
         path = f"{_task(task)}/points/{record.point.name}"
         if trained is not None:
-            self.write(f"{path}.safetensors", trained.to_bytes())
+            data = trained.to_bytes()
+            self.write(f"{path}.safetensors", data)
+            record = replace(record, parameters_sha256=hashlib.sha256(data).hexdigest())
         self.write(f"{path}.json", _to_json(record))
 
     def read_point(self, task: int, name: str) -> PointRecord | None:
@@ -203,18 +218,19 @@ class RunFolder:
             task += 1
         return tuple(failed)
 
-    def read_trained(self, task: int, name: str) -> FreeParameters:
-        """A finished point's parameters."""
+    def read_trained(self, task: int, record: PointRecord) -> FreeParameters:
+        """The parameters that a point's record stands for.
+
+        Raises:
+            ValueError: The file is missing or damaged, or holds other parameters.
+        """
         from clnp_search.clnp.state import FreeParameters
 
-        path = f"{_task(task)}/points/{name}.safetensors"
-        try:
-            return FreeParameters.from_bytes(self.read(path))
-        except ValueError as error:
-            raise RuntimeError(f"{self.uri}/{path}: {error}") from error
+        path = f"{_task(task)}/points/{record.point.name}.safetensors"
+        return self._read_tensors(path, record.parameters_sha256, FreeParameters.from_bytes)
 
     def write_scan(self, task: int, record: ScanRecord, fingerprint: str) -> None:
-        """Records a threshold scan; `fingerprint` names the rule that it followed."""
+        """Records a threshold scan; `fingerprint` names the rule that it followed. An older one is replaced."""
         self.write(f"{_task(task)}/scans/{record.point:03d}-{fingerprint}.json", _to_json(record))
 
     def read_scan(self, task: int, point: int, fingerprint: str) -> ScanRecord | None:
@@ -264,28 +280,25 @@ class RunFolder:
         shown = {re.sub(r"^tasks/\d+/", "", path): path for path in paths}
         return {name: path for name, path in shown.items() if self.exists(path)}
 
-    def write_state(self, task: int, state: State) -> None:
-        """Records the state after a task."""
-        self.write(f"{_task(task)}/state.safetensors", state.to_bytes())
+    def write_state(self, task: int, state: State) -> str:
+        """Records the state after a task; gives the SHA-256 of its file, for the task's result."""
+        data = state.to_bytes()
+        self.write(f"{_task(task)}/state.safetensors", data)
+        return hashlib.sha256(data).hexdigest()
 
     def read_state(self, task: int) -> State:
         """The state after a task.
 
         Raises:
             InputError: The task is not committed.
-            ValueError: The file is damaged.
+            ValueError: The file is missing or damaged, or holds another state than the task's result says.
         """
         from clnp_search.clnp.state import State
 
-        path = f"{_task(task)}/state.safetensors"
-        try:
-            data = self.read(path)
-        except FileNotFoundError:
-            raise InputError(f"{self.uri}: task {task} is not committed") from None
-        try:
-            return State.from_bytes(data)
-        except ValueError as error:
-            raise ValueError(f"{self.uri}/{path}: {error}") from error
+        result = self._read_record(f"{_task(task)}/result.json", TaskResult)
+        if result is None:
+            raise InputError(f"{self.uri}: task {task} is not committed")
+        return self._read_tensors(f"{_task(task)}/state.safetensors", result.state_sha256, State.from_bytes)
 
     def write_result(self, result: TaskResult) -> None:
         """Records a committed task; written last of all its files."""
@@ -307,15 +320,29 @@ class RunFolder:
         names = (info.base_name for info in infos if info.is_file and not info.base_name.endswith(".tmp"))
         return tuple(f"{path}/{name}" for name in sorted(names))
 
+    def _read_tensors(self, path: str, sha256: str, parse: Callable[[bytes], T]) -> T:
+        try:
+            data = self.read(path)
+        except FileNotFoundError:
+            raise ValueError(f"{self.uri}/{path}: missing") from None
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise ValueError(f"{self.uri}/{path}: damaged, or not the file that its record was written for")
+        try:
+            return parse(data)
+        except Exception as error:  # of a faulty file, any; a file of this version has none
+            raise ValueError(f"{self.uri}/{path}: {error}") from error
+
     def _read_record(self, path: str, kind: type[T]) -> T | None:
         try:
             data = self.read(path)
         except FileNotFoundError:
             return None
         try:
-            return TypeAdapter(kind).validate_json(data)
-        except ValidationError as error:
-            raise RuntimeError(f"{self.uri}/{path}: damaged, or written by another version: {error}") from error
+            return _adapter(kind).validate_json(_checked(data))  # type: ignore[arg-type]  # classes are hashable
+        except ValueError as error:
+            raise RuntimeError(
+                f"{self.uri}/{path}: damaged, changed by hand, or written by another version: {error}"
+            ) from error
 
 
 def open_run(run: str, storage: str = "runs/") -> RunFolder:
@@ -358,8 +385,30 @@ def _figures(task: int | None) -> str:
     return "figures" if task is None else f"{_task(task)}/figures"
 
 
+@cache
+def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)  # making one takes longer than reading a record with it
+
+
 def _to_json(record: Any) -> bytes:
-    return (json.dumps(asdict(record), indent=1) + "\n").encode()
+    """A record as JSON, with one entry more at its end: the SHA-256 of all before that."""
+    return _sealed(json.dumps(asdict(record), indent=1).removesuffix("\n}").encode())
+
+
+def _sealed(body: bytes) -> bytes:
+    return body + b',\n "sha256": "%s"\n}\n' % hashlib.sha256(body).hexdigest().encode()
+
+
+def _checked(data: bytes) -> bytes:
+    """A record's JSON.
+
+    Raises:
+        ValueError: It does not end with the SHA-256 of what stands before.
+    """
+    body = data.rpartition(b',\n "sha256": ')[0]
+    if data != _sealed(body):
+        raise ValueError("its SHA-256 is another one")
+    return data
 
 
 def _to_csv(rows: list[dict[str, Any]]) -> bytes:

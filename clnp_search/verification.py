@@ -1,17 +1,30 @@
-"""The zero-forgetting proof: every digest recomputed, every cut weight checked, every accuracy evaluated again."""
+"""The zero-forgetting proof: every file held against what it follows from, every accuracy evaluated again.
+
+A damaged file is something to find, not to fail of: whatever it does to what reads it becomes a failed check.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TypeVar
 
 import torch
+from torch import Tensor
 
-from clnp_search.clnp.state import State
+from clnp_search.agreement import check_commit, recorded_choice
+from clnp_search.clnp.state import FreeParameters, State, commit
 from clnp_search.clnp.subnetwork import Subnetwork
+from clnp_search.config import sweep_of
 from clnp_search.errors import InputError
-from clnp_search.sequence import TaskSequence
+from clnp_search.records import ScanRecord, TaskPlan, TaskResult, summarise
+from clnp_search.search.points import grid
+from clnp_search.sequence import TaskSequence, count_units, num_correct, reused_point, selected
 from clnp_search.storage import RunFolder
+
+T = TypeVar("T")
+NUM_COMPARED = 256
 
 
 @dataclass(frozen=True)
@@ -19,77 +32,181 @@ class Check:
     """One thing that was verified.
 
     Args:
+        task: None for the run as a whole.
         detail: What was found.
     """
 
-    task: int
+    task: int | None
     name: str
     passed: bool
     detail: str
 
 
-def verify(folder: RunFolder, sequence: TaskSequence) -> list[Check]:
+def verify(folder: RunFolder) -> list[Check]:
     """All checks of a run's committed tasks.
 
     Equal digests are a proof on any hardware: a task's function is its subnetwork. Evaluating again, and comparing
     the logits from the latest state with those from the task's own state, shows the same on this machine.
 
     Raises:
-        InputError: Nothing is committed yet.
+        InputError: Nothing is committed yet, or the data set cannot be loaded.
     """
-    results = folder.read_results()
-    if not results:
+    checks = _Checks()
+    sweep = checks.of(None, "sweep is readable", partial(sweep_of, folder))
+    results = checks.of(None, "results are readable", folder.read_results)
+    if sweep is not None and results is not None:
+        _Proof(folder, TaskSequence(sweep), results, checks).check()
+    if not results and all(check.passed for check in checks.made):
         raise InputError(f"{folder.uri}: no task is committed yet")
-    checks: list[Check] = []
-    states: list[State | None] = []
-    for result in results:
-        state, found = _read(folder, result.index)
-        states.append(state)
-        checks.append(found)
+    return checks.made
+
+
+class _Checks:
+    """Checks as they are made."""
+
+    def __init__(self) -> None:
+        self.made: list[Check] = []
+
+    def equal(self, task: int, name: str, found: str, expected: str) -> None:
+        """Makes a check that two values are the same."""
+        detail = found[:16] if found == expected else f"{found[:16]} instead of {expected[:16]}"
+        self.made.append(Check(task, name, found == expected, detail))
+
+    def of(self, task: int | None, name: str, find: Callable[[], T]) -> T | None:
+        """Makes a check that passes if `find` raises nothing; gives what it found."""
+        try:
+            found = find()
+        except Exception as error:  # a damaged file can break whatever reads it, in any way
+            self.made.append(Check(task, name, False, str(error) or type(error).__name__))
+            return None
+        self.made.append(Check(task, name, True, "yes"))
+        return found
+
+
+class _Proof:
+    """The checks of a run, task after task."""
+
+    def __init__(
+        self, folder: RunFolder, sequence: TaskSequence, results: tuple[TaskResult, ...], checks: _Checks
+    ) -> None:
+        self._folder, self._sequence, self._results, self._checks = folder, sequence, results, checks
+        self._empty = sequence.empty_state()
+        self._digests = (self._empty.digest, *(result.state_digest for result in results))
+        self._logits: dict[int, Tensor] = {}
+
+    def check(self) -> None:
+        """Makes all checks."""
+        state: State | None = self._empty
+        for task in range(len(self._results)):
+            state = self._check_task(task, state)
+        if state is not None:
+            for task in range(len(self._results)):
+                self._check_latest(task, state)
+        self._checks.of(None, "summary follows from the results", self._summary)
+
+    def _check_task(self, task: int, before: State | None) -> State | None:
+        """Checks that a task's files follow from one another and from the state before; gives the state after."""
+        checks = self._checks
+        plan = checks.of(task, "plan is of this sweep, these data and the state before", partial(self._plan, task))
+        kept = plan and checks.of(task, "choice follows from points and scans", partial(self._choice, plan))
+        state = checks.of(task, "state is readable", partial(self._folder.read_state, task))
         if state is None:
-            continue
-        digest = state.digest
-        checks.append(_equal(result.index, "state digest", digest, result.state_digest))
-        before = states[result.index - 1] if result.index else sequence.empty_state()
-        if before is not None:
-            checks.append(_equal(result.index, "parent digest", state.parent, before.digest))
-        faults = state.faults()
-        checks.append(
-            Check(result.index, "cut weights are zero, all is finite", not faults, "; ".join(faults) or "yes")
+            return None
+        checks.equal(task, "state digest", state.digest, self._results[task].state_digest)
+        checks.equal(task, "parent digest", state.parent, self._digests[task])
+        checks.of(task, "cut weights are zero, all is finite", partial(self._faults, state))
+        checks.of(task, "subnetworks of all tasks so far", partial(self._subnetworks, task, state))
+        if kept and before:
+            checks.of(task, "state follows from the choice", partial(self._commit, task, before, state, *kept))
+        return state
+
+    def _check_latest(self, task: int, latest: State) -> None:
+        """Checks that a task's function is still what it was."""
+        checks, result = self._checks, self._results[task]
+        network = checks.of(task, "subnetwork is in the latest state", partial(Subnetwork, latest, task))
+        if network is None:
+            return
+        checks.equal(task, "subnetwork digest in the latest state", network.digest, result.digest)
+        checks.of(task, "test accuracy in the latest state", partial(self._accuracies, task, network))
+        checks.of(task, "logits as right after the task, bit for bit", partial(self._same_logits, task, network))
+
+    def _faults(self, state: State) -> None:
+        if faults := state.faults():
+            raise ValueError("; ".join(faults))
+
+    def _plan(self, task: int) -> TaskPlan:
+        plan = self._sequence.read_plan(self._folder, task, self._digests[task])
+        if plan is None:
+            raise ValueError("plan.json is missing")
+        if plan.points != grid(self._sequence.sweep, reused_point(self._folder, self._sequence.sweep, task)):
+            raise ValueError("its points are not the sweep's grid")
+        return plan
+
+    def _choice(self, plan: TaskPlan) -> tuple[FreeParameters, ScanRecord]:
+        """The parameters that a task kept, and their scan."""
+        result = self._results[plan.task]
+        records, scans, choice = recorded_choice(self._folder, plan, self._sequence.sweep.forgetting)
+        for record in records:
+            if record.status == "done":
+                self._folder.read_trained(plan.task, record)
+        scan = next(scan for scan in scans if scan.point == choice.chosen)
+        expected = replace(
+            result,
+            index=plan.task,
+            name=plan.name,
+            best_val_accuracy=choice.best_val_accuracy,
+            margin=choice.margin,
+            selected=selected(plan.points[choice.chosen], scan),
+            test_accuracy=result.test_accuracies[plan.task],
+            points=len(records),
         )
-    latest = states[-1]
-    if latest is not None:
-        for result in results:
-            checks.extend(_subnetwork_checks(result.index, latest, states[result.index], sequence, folder))
-    return checks
+        if result != expected or len(result.test_accuracies) != plan.task + 1:
+            raise ValueError("result.json says something else")
+        return self._folder.read_trained(plan.task, records[choice.chosen]), scan
 
+    def _subnetworks(self, task: int, state: State) -> None:
+        for earlier in range(task + 1):
+            network = Subnetwork(state, earlier)
+            if network.digest != self._results[earlier].digest:
+                raise ValueError(f"that of task {earlier} is not the one that was committed")
+        self._logits[task] = network(self._sequence.data(task).test.inputs[:NUM_COMPARED])
 
-def _subnetwork_checks(
-    task: int, latest: State, own: State | None, sequence: TaskSequence, folder: RunFolder
-) -> Iterator[Check]:
-    result = folder.read_results()[task]
-    try:
-        network = Subnetwork(latest, task)
-    except (IndexError, RuntimeError) as error:
-        yield Check(task, "subnetwork in the latest state", False, str(error))
-        return
-    yield _equal(task, "subnetwork digest in the latest state", network.digest, result.digest)
-    test = sequence.data(task).test
-    accuracy = network.accuracy(test.inputs, test.labels)
-    yield _equal(task, "test accuracy in the latest state", f"{accuracy:.6f}", f"{result.test_accuracy:.6f}")
-    if own is not None and task < own.num_tasks:
-        sample = test.inputs[:256]
-        same = torch.equal(network(sample), Subnetwork(own, task)(sample))
-        yield Check(task, "logits as right after the task, bit for bit", same, "equal" if same else "they differ")
+    def _same_logits(self, task: int, network: Subnetwork) -> None:
+        sample = self._sequence.data(task).test.inputs[:NUM_COMPARED]
+        if task not in self._logits:
+            raise ValueError("those right after the task are not known")
+        if not torch.equal(network(sample), self._logits[task]):
+            raise ValueError("they differ")
 
+    def _accuracies(self, task: int, network: Subnetwork) -> None:
+        # Equal subnetworks have equal accuracies: evaluated once, it must stand in the row of every task since.
+        test = self._sequence.data(task).test
+        accuracy = num_correct(network, test) / len(test)
+        for result in self._results[task:]:
+            if result.test_accuracies[task] != accuracy:
+                raise ValueError(f"{accuracy:.6f}, but {result.test_accuracies[task]:.6f} after task {result.index}")
 
-def _read(folder: RunFolder, task: int) -> tuple[State | None, Check]:
-    try:
-        return folder.read_state(task), Check(task, "state is readable", True, "yes")
-    except (ValueError, InputError) as error:
-        return None, Check(task, "state is readable", False, str(error))
+    def _commit(self, task: int, before: State, state: State, trained: FreeParameters, scan: ScanRecord) -> None:
+        data = self._sequence.data(task)
+        assert scan.theta is not None, "chosen points have a theta"
+        theta = dict(zip(before.graph.groups, scan.theta, strict=True))
+        if commit(before, data.info, trained, theta).digest != state.digest:
+            raise ValueError("the chosen parameters, pruned at the chosen theta, give another state")
+        units = count_units(state)
+        if units != self._results[task].units:
+            raise ValueError(f"result.json counts other units: {self._results[task].units} instead of {units}")
+        check_commit(units, num_correct(Subnetwork(state, task), data.validation), scan)
 
-
-def _equal(task: int, name: str, found: str, expected: str) -> Check:
-    detail = found[:16] if found == expected else f"{found[:16]} instead of {expected[:16]}"
-    return Check(task, name, found == expected, detail)
+    def _summary(self) -> None:
+        summary = self._folder.read_summary()
+        if summary is None and not self._results:
+            return
+        if summary is None:
+            raise ValueError("summary.json is missing")
+        # A run that was killed between a task's result and its summary is one task behind, until a resume.
+        shown = len(summary.tasks)
+        if not shown <= len(self._results) <= shown + 1:
+            raise ValueError(f"it has {shown} tasks, and {len(self._results)} are committed")
+        seed = self._sequence.sweep.seed
+        if summary != summarise(summary.name, summary.status, seed, self._digests[shown], self._results[:shown]):
+            raise ValueError("summary.json says something else")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -237,7 +238,9 @@ def write_run(folder: RunFolder, sweep: Sweep, num_tasks: int = 2) -> Iterator[s
                 correct = 5000 if point.index == 0 else 9700 + point.index
                 record = PointRecord(keys[point.index], point, "done", correct, 10000, epochs, 2.5)
             folder.write_point(task, record, trained)
-            records.append(record)
+            written = folder.read_point(task, point.name)
+            assert written is not None
+            records.append(written)
             yield f"trained {task} {point.name}"
         limit, inside = candidates(records, 0.01)
         scans = []
@@ -246,7 +249,9 @@ def write_run(folder: RunFolder, sweep: Sweep, num_tasks: int = 2) -> Iterator[s
             curve = make_curve((1.5, 0.6, 0.0), (0.1, 0.965, 0.97))
             active = (3, 4 - index)
             scan = make_scan(index, 9650 + index, active, theta=(0.6, 0.6), curve=curve)
-            folder.write_scan(task, scan, f"{sweep.forgetting.theta}-{limit}")
+            rule = sweep.forgetting.theta
+            scan = replace(scan, key=record.key, parameters_sha256=record.parameters_sha256)
+            folder.write_scan(task, replace(scan, rule=rule, min_correct=limit), f"{rule}-{limit}")
             scans.append(scan)
         choice = choose(records, scans, 0.01)
         folder.write_selection(task, choice)
@@ -255,8 +260,8 @@ def write_run(folder: RunFolder, sweep: Sweep, num_tasks: int = 2) -> Iterator[s
             folder.write_curve(task, points[scan.point].name, scan.curve, layers)
         yield f"chosen {task}"
         info = make_info(f"task-{task}")
-        state = commit(state, info, folder.read_trained(task, points[choice.chosen].name), (0.6, 0.6))
-        folder.write_state(task, state)
+        state = commit(state, info, folder.read_trained(task, records[choice.chosen]), (0.6, 0.6))
+        state_sha256 = folder.write_state(task, state)
         totals = [len(layer.born) for layer in state.layers]
         grown = [int((layer.born == task).sum()) for layer in state.layers]
         free = [len(layer.free) for layer in state.layers]
@@ -278,6 +283,7 @@ def write_run(folder: RunFolder, sweep: Sweep, num_tasks: int = 2) -> Iterator[s
             selected=selected,
             digest=Subnetwork(state, task).digest,
             state_digest=state.digest,
+            state_sha256=state_sha256,
         )
         folder.write_result(result)
         results = (*results, result)

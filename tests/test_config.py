@@ -417,6 +417,26 @@ def test_where_and_how_a_sweep_runs_is_no_difference(sections: dict[str, Any]) -
     assert make_sweep().differences(make_sweep(**sections)) == []
 
 
+def test_a_run_may_be_given_more_tasks_but_not_fewer() -> None:
+    two, three = (make_sweep(scenario={"name": "permuted_digits", "tasks": tasks}) for tasks in (2, 3))
+    assert three.differences(two) == []
+    assert two.differences(three) == [
+        "scenario.tasks: 2 here, 3 there (a run can be given more tasks, not fewer)",
+    ]
+
+
+def test_a_split_scenario_of_another_length_has_other_tasks() -> None:
+    two, five = (make_sweep(scenario={"name": "split_digits", "tasks": tasks}) for tasks in (2, 5))
+    assert five.differences(two) == ["scenario.tasks: 5 here, 2 there (the tasks so far would be others)"]
+    assert two.differences(five) == ["scenario.tasks: 2 here, 5 there (the tasks so far would be others)"]
+
+
+def test_what_decides_a_task_includes_their_number_only_where_it_changes_them() -> None:
+    permuted, split = (make_sweep(scenario={"name": name, "tasks": 2}) for name in ("permuted_digits", "split_digits"))
+    assert "scenario.tasks" not in permuted.settings
+    assert split.settings["scenario.tasks"] == 2
+
+
 def test_plain_data_give_the_same_sweep_as_a_file(tmp_path: Path) -> None:
     raw = {
         "name": "sweep",

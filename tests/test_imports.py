@@ -19,7 +19,7 @@ LEVELS = [
     {"cli"},
     {"verification"},
     {"sequence"},
-    {"listener"},
+    {"agreement", "listener"},
     {"search", "selection", "tracking", "report"},
     {"config", "lease"},
     {"tasks", "storage"},

@@ -137,6 +137,11 @@ def test_equal_alpha_goes_to_the_smaller_learning_rate() -> None:
     assert tied([make_point(0, 1e-5, 2e-3), make_point(1, 1e-5, 1e-3)], [9843, 9843]) == 1
 
 
+def test_the_same_alphas_in_another_order_are_equal() -> None:
+    # 0.1 + 0.2 + 0.3 is more than 0.3 + 0.2 + 0.1 in floating point; the smaller learning rate decides.
+    assert tied([Point(0, (0.1, 0.2, 0.3), 1e-3), Point(1, (0.3, 0.2, 0.1), 2e-3)], [9843, 9843]) == 0
+
+
 def test_equal_in_everything_goes_to_point_order() -> None:
     # The same alpha in sum, spread over layers in two ways.
     points = [Point(1, (1e-5, 3e-5), 1e-3), Point(0, (2e-5, 2e-5), 1e-3)]

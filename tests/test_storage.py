@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import csv
+import hashlib
+import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -184,8 +187,10 @@ def test_a_folder_without_a_sweep_is_no_run(tmp_path: Path) -> None:
 def test_a_point_reads_back_with_its_parameters(folder: RunFolder) -> None:
     record = make_record(3, 9848, epochs=(Epoch(0, 0.001, 0.5, 0.9),), notes=("a", "b"), seconds=1.25)
     folder.write_point(0, record, TRAINED)
-    assert folder.read_point(0, "p003") == record
-    assert folder.read_trained(0, "p003").to_bytes() == TRAINED.to_bytes()
+    again = folder.read_point(0, "p003")
+    assert again is not None
+    assert replace(again, parameters_sha256="") == record
+    assert folder.read_trained(0, again).to_bytes() == TRAINED.to_bytes()
 
 
 def test_a_point_without_a_record_is_not_finished(folder: RunFolder) -> None:
@@ -232,18 +237,49 @@ def test_points_of_two_tasks_are_apart(folder: RunFolder) -> None:
     assert correct == [10, 11]
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"key": 3}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"key": 3}', '{"key": 3,\n "sha256": "0"\n}\n'])
 def test_a_damaged_record_raises_with_its_path(folder: RunFolder, text: str) -> None:
     folder.write("tasks/000/points/p000.json", text.encode())
     with pytest.raises(RuntimeError, match=r"tasks/000/points/p000.json: damaged"):
         folder.read_point(0, "p000")
 
 
-def test_damaged_parameters_raise_with_their_path(folder: RunFolder) -> None:
+def test_a_record_changed_by_hand_is_refused(folder: RunFolder) -> None:
+    folder.write_selection(0, Selection(0.9848, 0.0005, 9843, (0, 2), 2, ()))
+    path = path_of(folder, "tasks/000/selection.json")
+    path.write_text(path.read_text().replace('"chosen": 2', '"chosen": 0'))
+    with pytest.raises(RuntimeError, match=r"selection.json: damaged, changed by hand"):
+        folder.read_selection(0)
+    path.write_text(json.dumps(json.loads(path.read_text()), indent=1) + "\n")  # not the same file, whatever it says
+    with pytest.raises(RuntimeError, match=r"selection.json: damaged, changed by hand"):
+        folder.read_selection(0)
+
+
+def test_a_record_ends_with_the_sha256_of_all_before_it(folder: RunFolder) -> None:
+    folder.write_point(0, make_record(0, 1), None)
+    data = folder.read("tasks/000/points/p000.json")
+    body = data.partition(b',\n "sha256"')[0]
+    assert json.loads(data)["sha256"] == hashlib.sha256(body).hexdigest()
+
+
+def test_damaged_missing_or_other_parameters_raise_with_their_path(folder: RunFolder) -> None:
     folder.write_point(0, make_record(0, 1), TRAINED)
-    folder.write("tasks/000/points/p000.safetensors", TRAINED.to_bytes()[:-1])
-    with pytest.raises(RuntimeError, match=r"tasks/000/points/p000.safetensors: not a trained point"):
-        folder.read_trained(0, "p000")
+    record = folder.read_point(0, "p000")
+    assert record is not None
+    for data in (TRAINED.to_bytes()[:-1], make_trained(make_state(SMALL, 0), seed=1).to_bytes()):
+        folder.write("tasks/000/points/p000.safetensors", data)
+        with pytest.raises(ValueError, match=r"tasks/000/points/p000.safetensors: damaged, or not the file"):
+            folder.read_trained(0, record)
+    folder.delete("tasks/000/points/p000.safetensors")
+    with pytest.raises(ValueError, match=r"tasks/000/points/p000.safetensors: missing"):
+        folder.read_trained(0, record)
+
+
+def test_what_no_parser_takes_raises_with_its_path(folder: RunFolder) -> None:
+    folder.write("tasks/000/points/p000.safetensors", b"nothing")
+    record = make_record(0, 1, parameters_sha256=hashlib.sha256(b"nothing").hexdigest())
+    with pytest.raises(ValueError, match=r"tasks/000/points/p000.safetensors: not a trained point"):
+        folder.read_trained(0, record)
 
 
 # Other records
@@ -295,7 +331,7 @@ def test_a_summary_reads_back(folder: RunFolder) -> None:
 
 def test_a_state_reads_back(folder: RunFolder) -> None:
     state = make_state(SMALL, 2)
-    folder.write_state(1, state)
+    folder.write_result(replace(make_result(1, (0.9, 0.9)), state_sha256=folder.write_state(1, state)))
     assert folder.read_state(1).digest == state.digest
 
 
@@ -304,9 +340,19 @@ def test_a_state_that_is_not_there_is_a_task_that_is_not_committed(folder: RunFo
         folder.read_state(4)
 
 
-def test_a_damaged_state_raises_with_its_path(folder: RunFolder) -> None:
-    folder.write("tasks/000/state.safetensors", b"nothing")
-    with pytest.raises(ValueError, match=r"tasks/000/state.safetensors: not a state file"):
+def test_a_damaged_missing_or_other_state_raises_with_its_path(folder: RunFolder) -> None:
+    folder.write_result(replace(make_result(0, (0.9,)), state_sha256=folder.write_state(0, make_state(SMALL, 1))))
+    folder.write_state(0, make_state(SMALL, 2))
+    with pytest.raises(ValueError, match=r"tasks/000/state.safetensors: damaged, or not the file"):
+        folder.read_state(0)
+    folder.delete("tasks/000/state.safetensors")
+    with pytest.raises(ValueError, match=r"tasks/000/state.safetensors: missing"):
+        folder.read_state(0)
+
+
+def test_a_state_without_a_result_is_not_committed(folder: RunFolder) -> None:
+    folder.write_state(0, make_state(SMALL, 1))
+    with pytest.raises(InputError, match="task 0 is not committed"):
         folder.read_state(0)
 
 
@@ -317,6 +363,15 @@ def test_a_checkpoint_is_replaced_and_removed(folder: RunFolder) -> None:
     assert folder.read_checkpoint(0, "pack") == b"2"
     folder.delete_checkpoint(0, "pack")
     assert folder.read_checkpoint(0, "pack") is None
+
+
+@pytest.mark.parametrize("position", [0, 5, -1])
+def test_a_checkpoint_with_a_flipped_bit_reads_as_nothing(folder: RunFolder, position: int) -> None:
+    folder.write_checkpoint(0, "pack", b"weights")
+    data = bytearray(folder.read("tasks/000/packs/pack.safetensors"))
+    data[position] ^= 1
+    folder.write("tasks/000/packs/pack.safetensors", bytes(data))
+    assert folder.read_checkpoint(0, "pack") == b""
 
 
 def test_tracking_entries_are_empty_before_the_first(folder: RunFolder) -> None:

@@ -99,21 +99,28 @@ def run(
     address: Address = "local",
     as_json: AsJson = False,
 ) -> None:
-    """Run a sweep: search, prune and freeze task after task. The same command resumes a run that is partly done."""
+    """Run a sweep: search, prune and freeze task after task.
+
+    The same command resumes a run that is partly done; with a larger scenario.tasks a finished one goes on.
+    """
+    from clnp_search.agreement import check_sweep
     from clnp_search.config import load_sweep, sweep_of
     from clnp_search.storage import run_folder
 
     sweep = located(load_sweep(sweep_file, overrides), storage, tracking_uri)
     folder = run_folder(sweep.storage, name or sweep.name)
-    if folder.exists("sweep.yaml"):
-        recorded = sweep_of(folder)
+    recorded = sweep_of(folder) if folder.exists("sweep.yaml") else None
+    if recorded is not None:
         if different := sweep.differences(recorded):
             listed = "\n  ".join(different)
             raise InputError(
                 f"{folder.uri} is a run with other settings:\n  {listed}\n"
                 "Give the new run another name with --name, or resume the old one with `clnp-search resume`."
             )
-        sweep = recorded.model_copy(update={"tracking": sweep.tracking, "resources": sweep.resources})
+        scenario = recorded.scenario.model_copy(update={"tasks": sweep.scenario.tasks})
+        update = {"scenario": scenario, "tracking": sweep.tracking, "resources": sweep.resources}
+        sweep = recorded.model_copy(update=update)
+    check_sweep(folder, sweep)
     _execute(sweep, folder, address, as_json)
 
 
@@ -128,7 +135,10 @@ def resume(
     as_json: AsJson = False,
 ) -> None:
     """Go on with a run from its folder alone."""
+    from clnp_search.agreement import check_sweep
+
     sweep, folder = open_named(run, storage)
+    check_sweep(folder, sweep)
     _execute(located(sweep, None, tracking_uri), folder, address, as_json, retry_failed)
 
 
@@ -187,7 +197,10 @@ def _execute(sweep: Sweep, folder: RunFolder, address: str, as_json: bool, retry
                 from clnp_search.sequence import Runner
 
                 runner = Runner(sequence, folder, cluster, [view, publisher])
-                if not begun:  # a run leaves no trace before all that can be checked is checked
+                if begun:
+                    runner.check()
+                    folder.write_sweep(sweep.to_yaml())  # it may have been given more tasks, or other resources
+                else:  # a run leaves no trace before all that can be checked is checked
                     runner.check()
                     held.enter_context(lease)
                     if folder.exists("sweep.yaml"):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from clnp_search.cli.console import NOT_VERIFIED, out, print_json
@@ -16,11 +17,11 @@ from clnp_search.errors import InputError
 
 def verify(run: Run, storage: Storage = "runs/", as_json: AsJson = False) -> None:
     """Prove that nothing was forgotten: digests, cut weights, and every task evaluated again. Status 4 if not."""
-    from clnp_search.sequence import TaskSequence
+    from clnp_search.storage import open_run
     from clnp_search.verification import verify as check_run
 
-    sweep, folder = open_named(run, storage)
-    checks = check_run(folder, TaskSequence(sweep))
+    folder = open_run(run, storage)
+    checks = check_run(folder)
     failed = [check for check in checks if not check.passed]
     if as_json:
         print_json({"run": folder.uri, "verified": not failed, "checks": [asdict(check) for check in checks]})
@@ -28,7 +29,7 @@ def verify(run: Run, storage: Storage = "runs/", as_json: AsJson = False) -> Non
         table = Table("task", "check", "", "found", header_style="bold")
         for check in checks:
             mark = "[green]passed[/]" if check.passed else "[red]FAILED[/]"
-            table.add_row(str(check.task), check.name, mark, check.detail)
+            table.add_row("-" if check.task is None else str(check.task), check.name, mark, escape(check.detail))
         out.print(table)
         out.print(
             f"[red]{len(failed)} of {len(checks)} checks failed[/]" if failed else f"all {len(checks)} checks passed"

@@ -8,18 +8,24 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 from clnp_search.clnp.graph import INPUT, Graph
 from clnp_search.clnp.pack import CACHE_BYTES, LARGEST_BATCH, evaluation_batch, microbatch
-from clnp_search.clnp.state import State
-from clnp_search.clnp.training import TrainingSettings
 from clnp_search.config import Sweep
 from clnp_search.records import Point
 from clnp_search.tasks import Task
 
+if TYPE_CHECKING:
+    from clnp_search.clnp.state import State
+    from clnp_search.clnp.training import TrainingSettings
+
 # Resident memory of a trial's process before any data: Python, torch, ray and pyarrow (measured; see
 # tests/benchmarks/README.md).
 PROCESS_BYTES = 680 << 20
+# Raised with every change of the code after which the same settings give other bits: points of before and after
+# have other keys, and are never mixed.
+NUMERICS = 2
 
 
 def grid(sweep: Sweep, chosen: Point | None) -> tuple[Point, ...]:
@@ -34,13 +40,16 @@ def grid(sweep: Sweep, chosen: Point | None) -> tuple[Point, ...]:
     return tuple(Point(index, sweep.layer_alphas(alpha), rate) for index, (alpha, rate) in enumerate(product))
 
 
-def point_key(parent_digest: str, task: Task, data_digest: str, sweep: Sweep, point: Point) -> str:
+def point_key(
+    parent_digest: str, task: Task, data_digest: str, sweep: Sweep, point: Point, numerics: int = NUMERICS
+) -> str:
     """The hash of all that a point's result depends on, besides the machine.
 
     Args:
         data_digest: Of the task's own samples, splits and input transform.
     """
     parts = {
+        "numerics": numerics,
         "state": parent_digest,
         "task": asdict(task),
         "data": data_digest,

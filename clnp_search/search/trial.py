@@ -190,10 +190,17 @@ def _computing() -> Iterator[None]:
 
 
 def scan_point(inputs: TaskInputs, point: Point, min_correct: int, rule: str) -> ScanRecord:
-    """The threshold scan of a finished point."""
+    """The threshold scan of a finished point, in float32 like the subnetwork that is cut at its threshold."""
     device = _prepare(inputs.plan, inputs.run.settings)
-    trained = RunFolder(inputs.run.folder).read_trained(inputs.plan.task, point.name)
-    return scan(Candidate(inputs.state, trained, *_validation(inputs, device)), point.index, min_correct, rule)
+    torch.set_float32_matmul_precision("highest")
+    folder, task = RunFolder(inputs.run.folder), inputs.plan.task
+    record = folder.read_point(task, point.name)
+    assert record is not None, "candidates are finished points"
+    candidate = Candidate(inputs.state, folder.read_trained(task, record), *_validation(inputs, device))
+    found = scan(candidate, point.index, min_correct, rule)
+    return replace(
+        found, rule=rule, min_correct=min_correct, key=record.key, parameters_sha256=record.parameters_sha256
+    )
 
 
 def _validation(inputs: TaskInputs, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

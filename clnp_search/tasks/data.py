@@ -35,8 +35,8 @@ class RawData:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of all samples and labels."""
-        sha = hashlib.sha256()
+        """SHA-256 of all samples and labels, of their scale and of the number of classes."""
+        sha = hashlib.sha256(f"{self.scale} {self.num_classes}".encode())
         for array in (self.train_inputs, self.train_labels, self.test_inputs, self.test_labels):
             sha.update(str(array.shape).encode() + np.ascontiguousarray(array).tobytes())
         return sha.hexdigest()

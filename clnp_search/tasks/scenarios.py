@@ -275,6 +275,7 @@ class Kind:
         allowed_tasks: The lengths that a sequence may have; empty for any.
         keys: What it takes of `classes`, `size` and `arguments`.
         permuted: Whether tasks are permutations of the same data.
+        extensible: Whether a longer sequence begins with the same tasks.
     """
 
     load: Callable[[Wanted], Loaded]
@@ -283,6 +284,7 @@ class Kind:
     allowed_tasks: tuple[int, ...] = ()
     keys: tuple[str, ...] = ()
     permuted: bool = False
+    extensible: bool = False
 
 
 def _permuted(load: Callable[[Path], RawData]) -> Callable[[Wanted], Loaded]:
@@ -336,16 +338,16 @@ def _own(wanted: Wanted) -> Loaded:
 
 
 SCENARIOS = {
-    "permuted_digits": Kind(_permuted(load_digits), 5, 300, permuted=True),
-    "permuted_mnist": Kind(_permuted(load_mnist), 10, 10000, permuted=True),
+    "permuted_digits": Kind(_permuted(load_digits), 5, 300, permuted=True, extensible=True),
+    "permuted_mnist": Kind(_permuted(load_mnist), 10, 10000, permuted=True, extensible=True),
     "split_digits": Kind(_split(load_digits), 5, 60, allowed_tasks=(1, 2, 5)),
     "split_mnist": Kind(_split(load_mnist), 5, 2000, allowed_tasks=(1, 2, 5)),
-    "split_cifar": Kind(_split_cifar, 6, 0.1, allowed_tasks=tuple(range(1, 12))),
+    "split_cifar": Kind(_split_cifar, 6, 0.1, allowed_tasks=tuple(range(1, 12)), extensible=True),
     "class_folders": Kind(_class_folders, 5, 0.1, keys=("classes", "size")),
 }
 OTHER_SCENARIOS = {
     re.compile(rf"{TORCHVISION}\w+"): Kind(_torchvision, 5, 0.1, keys=("classes", "size", "arguments")),
-    re.compile(IMPORT_PATH): Kind(_own, None, 0.1, keys=("arguments",)),
+    re.compile(IMPORT_PATH): Kind(_own, None, 0.1, keys=("arguments",), extensible=True),
 }
 
 

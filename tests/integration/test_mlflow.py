@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -381,12 +380,11 @@ def test_infinities_are_left_out_and_nan_is_kept(folder: RunFolder, sweep: Sweep
     for step in write_run(folder, sweep):
         if step == "trained 0 p001":
             break
-    path = folder.local_path
-    assert path is not None
-    point = path / "tasks/000/points/p001.json"
-    record = json.loads(point.read_text())
-    record["epochs"][1]["train_loss"], record["epochs"][2]["train_loss"] = float("inf"), float("nan")
-    point.write_text(json.dumps(record))
+    record = folder.read_point(0, "p001")
+    assert record is not None
+    first, *rest = record.epochs
+    losses = [replace(epoch, train_loss=loss) for epoch, loss in zip(rest, (float("inf"), float("nan")), strict=True)]
+    folder.write_point(0, replace(record, epochs=(first, *losses)), None)
     MlflowTracker(folder, sweep).sync()
     point_run = runs_of(sweep)["task 0: task-0/p001 alpha=0 lr=0.02"]
     first, last = MlflowClient(sweep.tracking.uri).get_metric_history(point_run.info.run_id, "train/loss")

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors
 import safetensors.numpy
 from command_line import Cli
 
@@ -149,6 +150,50 @@ def test_a_finished_run_trains_nothing_again(cli: Cli, finished: Path) -> None:
     assert len(before) == 24
     cli("run", "sweep.yaml", "--name", "undisturbed")
     assert {path: path.stat().st_mtime_ns for path in finished.glob("tasks/*/points/*")} == before
+
+
+def test_a_finished_run_can_be_given_more_tasks(cli: Cli, finished: Path) -> None:
+    longer = cli.folder / "runs" / "longer"
+    shutil.copytree(finished, longer)
+    (longer / "mlflow.json").unlink()
+    before = {path: path.stat().st_mtime_ns for path in longer.glob("tasks/*/*.*")}
+    summary = cli.json("run", "sweep.yaml", "--name", "longer", "--set", "scenario.tasks=4", "--tracking-uri", "none")
+    assert (summary["status"], len(summary["tasks"])) == ("complete", 4)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert cli.json("status", "longer")["num_tasks"] == 4
+    assert cli.json("verify", "longer")["verified"] is True
+    answer = cli("run", "sweep.yaml", "--name", "longer", status=2)
+    assert "scenario.tasks: 3 here, 4 there (a run can be given more tasks, not fewer)" in answer.stderr
+
+
+def test_a_run_whose_sweep_was_changed_by_hand_is_refused_before_ray_starts(cli: Cli, finished: Path) -> None:
+    changed = cli.folder / "runs" / "changed"
+    shutil.copytree(finished, changed)
+    path = changed / "sweep.yaml"
+    text = path.read_text()
+    path.write_text(text.replace("margin: 0.02", "margin: 0.01"))
+    answer = cli("resume", "changed", status=2)
+    assert "sweep.yaml was changed since task 0 was planned: forgetting.margin 0.02 -> 0.01" in answer.stderr
+    path.unlink()
+    answer = cli("run", "sweep.yaml", "--name", "changed", "--set", "search.learning_rate=[0.01]", status=2)
+    assert "search.learning_rate [0.005, 0.01] -> [0.01]" in answer.stderr
+    assert not path.exists()
+
+
+def test_a_changed_weight_is_refused_by_every_command_that_reads_it(cli: Cli, finished: Path) -> None:
+    tripled = cli.folder / "runs" / "tripled"
+    shutil.copytree(finished, tripled)
+    path = tripled / "tasks" / "002" / "state.safetensors"
+    with safetensors.safe_open(path, "np") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    safetensors.numpy.save_file(tensors | {"hidden0.weight": 3 * tensors["hidden0.weight"]}, path, metadata)
+    more = ["--set", "scenario.tasks=4", "--tracking-uri", "none"]
+    commands = [["run", "sweep.yaml", "--name", "tripled", *more], ["evaluate", "tripled", "--task", "0"]]
+    for command in [*commands, ["export", "tripled", "--task", "0", "--out", "tripled.onnx"]]:
+        answer = cli(*command, status=1)
+        assert "tasks/002/state.safetensors: damaged, or not the file" in answer.stderr
+    assert not (cli.folder / "tripled.onnx").exists()
+    assert cli.json("verify", "tripled", status=4)["verified"] is False
 
 
 def test_a_run_of_the_same_name_with_other_settings_is_refused(cli: Cli, finished: Path) -> None:

@@ -13,6 +13,7 @@ from clnp_search.clnp.state import Architecture
 from clnp_search.clnp.training import TrainingSettings
 from clnp_search.records import Point
 from clnp_search.search.points import (
+    NUMERICS,
     MemoryEstimate,
     auto_points_per_trial,
     estimate_memory,
@@ -87,6 +88,11 @@ CHANGES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("ingredient", CHANGES)
 def test_a_key_changes_with(ingredient: str) -> None:
     assert key(**CHANGES[ingredient]) != key()
+
+
+def test_a_key_changes_with_the_codes_numerics() -> None:
+    assert point_key("parent", TASK, "data", make_sweep(), POINT, NUMERICS) == key()
+    assert point_key("parent", TASK, "data", make_sweep(), POINT, NUMERICS + 1) != key()
 
 
 def test_no_two_changes_give_the_same_key() -> None:

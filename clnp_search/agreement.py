@@ -1,0 +1,134 @@
+"""A run folder held against its own sweep, and its records against one another; reads only.
+
+Whatever decides a task is recorded with it, so that a changed setting, data set, record or scan is found before
+anything is built on it. What is written down by hand is not trusted more than what can be computed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from clnp_search import selection
+from clnp_search.config import ForgettingConfig, Sweep
+from clnp_search.errors import InputError
+from clnp_search.records import PointRecord, ScanRecord, Selection, TaskPlan, Units
+from clnp_search.search.points import point_key
+from clnp_search.storage import RunFolder
+from clnp_search.tasks import Task
+
+
+def check_sweep(folder: RunFolder, sweep: Sweep) -> None:
+    """Holds a run's tasks, as far as they are planned, against a sweep; needs no data.
+
+    Raises:
+        InputError: A task was planned with other settings, or more tasks are committed than the sweep has.
+    """
+    committed = len(folder.read_results())
+    if sweep.scenario.tasks is not None and committed > sweep.scenario.tasks:
+        raise InputError(f"{folder.uri}: scenario.tasks is {sweep.scenario.tasks}, but {committed} are committed")
+    for index in range(committed + 1):
+        if (plan := folder.read_plan(index)) is not None:
+            _check_settings(folder, plan, sweep)
+
+
+def check_plan(folder: RunFolder, plan: TaskPlan, sweep: Sweep, parent: str, data: str, task: Task) -> None:
+    """Holds a task's plan against all that should have decided it.
+
+    Args:
+        parent: Digest of the state before the task.
+        data: Digest of the data set.
+
+    Raises:
+        InputError: Something is not as it was when the task was planned; says what.
+    """
+    where = f"{folder.uri}: task {plan.task}"
+    _check_settings(folder, plan, sweep)
+    if plan.data_digest != data:
+        raise InputError(
+            f"{where} was planned on another data set: its digest was {plan.data_digest[:12]}, is {data[:12]}"
+        )
+    if plan.parent_digest != parent:
+        raise InputError(f"{where} was planned on another state than the one before it; a file of this run was changed")
+    keys = tuple(point_key(parent, task, data, sweep, point, plan.numerics) for point in plan.points)
+    if plan.keys != keys:
+        raise InputError(f"{where}: the keys of its points are not those of its settings; its plan was changed")
+
+
+def recorded_choice(
+    folder: RunFolder, plan: TaskPlan, rules: ForgettingConfig
+) -> tuple[list[PointRecord], list[ScanRecord], Selection]:
+    """The records and scans of a task that has chosen, and the choice as it follows from them.
+
+    Raises:
+        RuntimeError: A record or a scan is missing or is of something else, or `selection.json` says another choice.
+    """
+    where = f"{folder.uri}: task {plan.task}"
+    records, scans = [], []
+    for point, key in zip(plan.points, plan.keys, strict=True):
+        record = folder.read_point(plan.task, point.name)
+        if record is None or (record.key, record.point) != (key, point):
+            raise RuntimeError(f"{where}: the record of {point.name} is {'of another point' if record else 'missing'}")
+        records.append(record)
+    limit, inside = selection.candidates(records, rules.margin)
+    for record in inside:
+        scan = folder.read_scan(plan.task, record.point.index, f"{rules.theta}-{limit}")
+        if scan is None or not scan.is_of(record, rules.theta, limit):
+            what = "of other parameters or another rule" if scan else "missing"
+            raise RuntimeError(f"{where}: the scan of {record.point.name} is {what}")
+        scans.append(scan)
+    choice = selection.choose(records, scans, rules.margin, rules.sparsity)
+    if folder.read_selection(plan.task) is None:
+        raise RuntimeError(f"{where}: selection.json is missing")
+    check_selection(folder, plan.task, choice)
+    return records, scans, choice
+
+
+def check_selection(folder: RunFolder, task: int, choice: Selection) -> None:
+    """Holds a task's recorded choice, if there is one, against the one that follows from its records and scans.
+
+    Raises:
+        RuntimeError: They differ, in more than the wording of their reasons.
+    """
+    recorded = folder.read_selection(task)
+    if recorded is not None and replace(recorded, reasons=choice.reasons) != choice:
+        raise RuntimeError(
+            f"{folder.uri}: task {task}: selection.json, which keeps point {recorded.chosen}, does not follow from "
+            f"the task's records and scans, by which it is point {choice.chosen}"
+        )
+
+
+def check_commit(units: Mapping[str, Units], num_correct: int, scan: ScanRecord) -> None:
+    """Holds a task's subnetwork against the scan whose threshold it was cut at.
+
+    Args:
+        units: Of the state after the task.
+        num_correct: Validation samples that the subnetwork gets right, evaluated by itself, in float32.
+
+    Raises:
+        RuntimeError: It is not the model that was scanned.
+    """
+    active = tuple(each.active for each in units.values())
+    if active != scan.active:
+        raise RuntimeError(f"the scan of point {scan.point} left {scan.active} units active, the commit {active}")
+    # A scan adds up the same products in another order: a sample whose two best logits are equal but for the last
+    # bits may fall to either side. One is allowed, or one in 5000.
+    if abs(num_correct - scan.val_correct) > max(1, scan.val_total // 5000):
+        raise RuntimeError(
+            f"the subnetwork gets {num_correct} of {scan.val_total} validation samples right, "
+            f"the scan of point {scan.point} counted {scan.val_correct}"
+        )
+
+
+def _check_settings(folder: RunFolder, plan: TaskPlan, sweep: Sweep) -> None:
+    then, now = plan.settings, sweep.settings
+    changed = [
+        f"{key} {then.get(key, 'unset')} -> {now.get(key, 'unset')}"
+        for key in (now | then)
+        if then.get(key, ...) != now.get(key, ...)
+    ]
+    if changed:
+        raise InputError(
+            f"{folder.uri}: sweep.yaml was changed since task {plan.task} was planned: {', '.join(changed)}\n"
+            "Put it back, or start a run of another name."
+        )

@@ -1,0 +1,59 @@
+"""The search in this process: what Ray does for a run, one after the other. For tests of the sequence's own logic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from clnp_search.clnp.state import State
+from clnp_search.config import Sweep
+from clnp_search.records import PackProgress, Point, ScanRecord, Summary, TaskPlan
+from clnp_search.search.capacity import Capacity
+from clnp_search.search.trial import RunInputs, TaskInputs, run_pack, scan_point
+from clnp_search.sequence import Runner, TaskSequence
+from clnp_search.storage import RunFolder
+
+
+class InProcess:
+    """Trains packs and scans candidates where it stands. Shared inputs are the objects themselves."""
+
+    device = "cpu"
+    capacity = Capacity(num_slots=1, slot_bytes=1 << 30, cpus=1, gpus=0)
+
+    def slot_bytes(self) -> int:
+        return self.capacity.slot_bytes
+
+    def share(self, inputs: Any) -> Any:
+        return inputs
+
+    def train(
+        self, program: Any, shared: RunInputs, ray_folder: Any, retries: int, listen: Callable[[PackProgress], None]
+    ) -> Any:
+        failed: dict[int, str] | None = None
+        while True:
+            try:
+                packs = next(program) if failed is None else program.send(failed)
+            except StopIteration as end:
+                return end.value
+            plan, state = packs.inputs
+            for pack in packs.indices:
+                for _ in run_pack(TaskInputs(shared, plan, state), [plan.points[index] for index in plan.packs[pack]]):
+                    pass
+            failed = {}
+
+    def scan(
+        self,
+        shared: RunInputs,
+        of_task: tuple[TaskPlan, State],
+        points: Sequence[Point],
+        min_correct: int,
+        rule: str,
+    ) -> Iterator[ScanRecord]:
+        return (scan_point(TaskInputs(shared, *of_task), point, min_correct, rule) for point in points)
+
+
+def run_in_process(sweep: Sweep, folder: RunFolder) -> Summary:
+    """A run to its end, or on to it."""
+    if not folder.exists("sweep.yaml"):
+        folder.write_sweep(sweep.to_yaml())
+    return Runner(TaskSequence(sweep), folder, InProcess()).run()  # type: ignore[arg-type]

@@ -1,0 +1,302 @@
+"""A run goes on only from files that follow from one another, under the settings and data that it was begun with."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from builders import make_scan, make_sweep
+from in_process import InProcess, run_in_process
+
+from clnp_search import sequence
+from clnp_search.agreement import check_commit, check_sweep
+from clnp_search.config import Sweep
+from clnp_search.errors import InputError
+from clnp_search.records import ScanRecord, Units
+from clnp_search.sequence import Runner, TaskSequence
+from clnp_search.storage import RunFolder, run_folder
+
+SECTIONS: dict[str, Any] = {
+    "scenario": {"name": "permuted_digits", "tasks": 2},
+    "network": {"hidden": [12, 8]},
+    "training": {"epochs": 3, "batch_size": 64},
+    "search": {"alpha": [1e-5, 1e-3], "learning_rate": 0.02},
+    "forgetting": {"margin": "3%"},
+}
+
+
+def make(**sections: Any) -> Sweep:
+    """The sweep of these tests, with some sections changed in part."""
+    return make_sweep(**(SECTIONS | {name: SECTIONS.get(name, {}) | values for name, values in sections.items()}))
+
+
+SWEEP = make()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """A finished run."""
+    folder = run_folder(str(tmp_path_factory.mktemp("runs")), "run")
+    run_in_process(SWEEP, folder)
+    return folder
+
+
+@pytest.fixture
+def copy(whole: RunFolder, tmp_path: Path) -> RunFolder:
+    """A copy of it."""
+    assert whole.local_path is not None
+    shutil.copytree(whole.local_path, tmp_path / "run")
+    return run_folder(str(tmp_path), "run")
+
+
+@pytest.fixture
+def cut_short(copy: RunFolder) -> RunFolder:
+    """The same run, as if killed right before its last task was committed."""
+    copy.delete("tasks/001/result.json")
+    copy.delete("tasks/001/state.safetensors")
+    return copy
+
+
+def files(folder: RunFolder) -> dict[Path, bytes]:
+    assert folder.local_path is not None
+    return {path: path.read_bytes() for path in folder.local_path.rglob("*") if path.is_file()}
+
+
+def refused(folder: RunFolder, sweep: Sweep, kind: type[Exception], match: str) -> None:
+    """Going on is refused with a message, and nothing of the run but its summary's status is written."""
+    before = files(folder)
+    with pytest.raises(kind, match=match):
+        run_in_process(sweep, folder)
+    changed = {path.name for path, data in files(folder).items() if data != before.get(path)}
+    assert changed <= {"summary.json"}
+
+
+# Going on
+
+
+def test_a_run_that_was_cut_short_goes_on_to_the_same_digest(whole: RunFolder, cut_short: RunFolder) -> None:
+    undisturbed = whole.read_results()[-1].state_digest
+    assert run_in_process(SWEEP, cut_short).state_digest == undisturbed
+
+
+def test_a_finished_run_changes_no_file(copy: RunFolder) -> None:
+    before = files(copy)
+    run_in_process(SWEEP, copy)
+    assert files(copy) == before
+
+
+# The sweep
+
+CHANGES: dict[str, tuple[dict[str, Any], str]] = {
+    "margin": ({"forgetting": {"margin": "1%"}}, r"forgetting.margin 0.03 -> 0.01"),
+    "threshold": ({"forgetting": {"theta": "per_layer"}}, r"forgetting.theta global -> per_layer"),
+    "grid": ({"search": {"alpha": [1e-5]}}, r"search.alpha \[1e-05, 0.001\] -> \[1e-05\]"),
+    "epochs": ({"training": {"epochs": 4}}, r"training.epochs 3 -> 4"),
+    "two": ({"training": {"epochs": 4, "batch_size": 32}}, r"training.epochs 3 -> 4, training.batch_size 64 -> 32"),
+    "head": ({"head": {"kind": "single"}}, r"head.kind multi -> single"),
+    "network": ({"network": {"hidden": [12, 9]}}, r"network.hidden \[12, 8\] -> \[12, 9\]"),
+    "validation": ({"scenario": {"validation": 200}}, r"scenario.validation 300 -> 200"),
+    "scenario": ({"scenario": {"name": "split_digits"}}, r"scenario.name permuted_digits -> split_digits"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_setting_that_was_changed_under_committed_tasks_is_named(copy: RunFolder, name: str) -> None:
+    sections, message = CHANGES[name]
+    refused(copy, make(**sections), InputError, rf"sweep.yaml was changed since task 0 was planned: .*{message}")
+
+
+def test_a_setting_that_was_changed_within_a_task_is_named(cut_short: RunFolder) -> None:
+    plan = cut_short.read_plan(1)
+    assert plan is not None
+    cut_short.write_plan(replace(plan, settings=plan.settings | {"training.epochs": 12}))
+    refused(cut_short, SWEEP, InputError, r"since task 1 was planned: training.epochs 12 -> 3")
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"resources": {"cpu": 2}},
+        {"capacity": {"on_depletion": "stop"}},
+        {"search": {"points_per_trial": 1, "max_failures": 0}},
+        {"scenario": {"root": "elsewhere"}},
+    ],
+)
+def test_what_decides_no_task_may_be_changed(copy: RunFolder, sections: dict[str, Any]) -> None:
+    check_sweep(copy, make(**sections))
+
+
+def test_fewer_tasks_than_are_committed_are_refused(copy: RunFolder) -> None:
+    refused(copy, make(scenario={"tasks": 1}), InputError, r"scenario.tasks is 1, but 2 are committed")
+
+
+def test_more_tasks_go_on_and_train_nothing_again(whole: RunFolder, copy: RunFolder) -> None:
+    before = files(copy)
+    longer = make(scenario={"tasks": 3})
+    summary = run_in_process(longer, copy)
+    assert (summary.status, len(summary.tasks)) == ("complete", 3)
+    assert summary.tasks[:2] == whole.read_results()
+    changed = {path.name for path, data in before.items() if path.read_bytes() != data}
+    assert changed == {"summary.json"}
+
+
+def test_more_tasks_give_the_same_as_a_run_that_had_them_from_the_start(copy: RunFolder, tmp_path: Path) -> None:
+    longer = make(scenario={"tasks": 3})
+    at_once = run_in_process(longer, run_folder(str(tmp_path), "at-once"))
+    assert run_in_process(longer, copy).state_digest == at_once.state_digest
+
+
+# The data
+
+
+@pytest.mark.parametrize("change", ["labels", "inputs", "test labels", "scale", "classes"])
+def test_other_data_are_refused(copy: RunFolder, change: str) -> None:
+    changed = TaskSequence(SWEEP)
+    raw = changed.raw
+    labels, inputs, test_labels = (each.copy() for each in (raw.train_labels, raw.train_inputs, raw.test_labels))
+    labels[0], inputs[0, 0, 0], test_labels[0] = (labels[0] + 1) % 10, inputs[0, 0, 0] + 1, (test_labels[0] + 1) % 10
+    changed.raw = {
+        "labels": replace(raw, train_labels=labels),
+        "inputs": replace(raw, train_inputs=inputs),
+        "test labels": replace(raw, test_labels=test_labels),
+        "scale": replace(raw, scale=255.0),
+        "classes": replace(raw, num_classes=11),
+    }[change]
+    with pytest.raises(InputError, match="task 0 was planned on another data set: its digest was"):
+        Runner(changed, copy, InProcess()).run()  # type: ignore[arg-type]
+
+
+# The code
+
+
+def test_a_task_begun_by_code_of_other_bits_is_refused(cut_short: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sequence, "NUMERICS", sequence.NUMERICS + 1)
+    refused(cut_short, SWEEP, InputError, "task 1 was begun by clnp-search .*, whose results differ")
+
+
+def test_tasks_committed_by_code_of_other_bits_stay(copy: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sequence, "NUMERICS", sequence.NUMERICS + 1)
+    assert run_in_process(SWEEP, copy).status == "complete"
+
+
+# Files that are whole, but do not follow from one another
+
+
+def test_a_state_with_a_changed_weight_is_refused_by_name(copy: RunFolder) -> None:
+    state = copy.read_state(1)
+    layer = state.layers[0]
+    copy.write_state(1, replace(state, layers=(replace(layer, weight=3 * layer.weight), *state.layers[1:])))
+    for longer in (SWEEP, make(scenario={"tasks": 3})):
+        refused(copy, longer, ValueError, r"tasks/001/state.safetensors: damaged, or not the file")
+
+
+def test_a_state_of_another_task_is_refused(copy: RunFolder) -> None:
+    result = copy.read_results()[0]
+    copy.write_result(replace(result, state_digest="0" * 64))
+    refused(copy, SWEEP, InputError, "task 1 was planned on another state than the one before it")
+
+
+def test_a_committed_task_without_a_plan_is_refused(copy: RunFolder) -> None:
+    copy.delete("tasks/000/plan.json")
+    refused(copy, SWEEP, RuntimeError, r"task 0: plan.json is missing")
+
+
+def test_a_record_of_another_point_is_refused(cut_short: RunFolder) -> None:
+    record = cut_short.read_point(1, "p000")
+    assert record is not None
+    cut_short.write_point(1, replace(record, key="other"), None)
+    refused(cut_short, SWEEP, InputError, "task 1, p000: the record is of another point")
+
+
+def chosen(folder: RunFolder) -> int:
+    choice = folder.read_selection(1)
+    assert choice is not None
+    return choice.chosen
+
+
+def test_other_parameters_under_the_chosen_name_are_refused(cut_short: RunFolder) -> None:
+    name = f"p{chosen(cut_short):03d}"
+    other = f"p{1 - chosen(cut_short):03d}"
+    cut_short.write(f"tasks/001/points/{name}.safetensors", cut_short.read(f"tasks/001/points/{other}.safetensors"))
+    refused(cut_short, SWEEP, ValueError, rf"tasks/001/points/{name}.safetensors: damaged, or not the file")
+
+
+def rewrite_scans(folder: RunFolder, change: Callable[[ScanRecord], ScanRecord]) -> None:
+    for path in folder._list("tasks/001/scans"):
+        point, _, fingerprint = path.rsplit("/", 1)[-1].removesuffix(".json").partition("-")
+        scan = folder.read_scan(1, int(point), fingerprint)
+        assert scan is not None
+        folder.write_scan(1, change(scan), fingerprint)
+
+
+def test_a_scan_with_another_theta_is_never_committed(cut_short: RunFolder) -> None:
+    cut_short.delete("tasks/001/selection.json")
+    rewrite_scans(cut_short, lambda scan: replace(scan, theta=(1e9, 1e9)))
+    refused(cut_short, SWEEP, RuntimeError, r"the scan of point \d left \(.*\) units active, the commit")
+
+
+def test_a_scan_with_another_count_is_never_committed(cut_short: RunFolder) -> None:
+    cut_short.delete("tasks/001/selection.json")
+    rewrite_scans(cut_short, lambda scan: replace(scan, val_correct=scan.val_correct + 2))
+    refused(cut_short, SWEEP, RuntimeError, r"validation samples right, the scan of point \d counted")
+
+
+@pytest.mark.parametrize("field", ["key", "parameters_sha256", "rule"])
+def test_a_scan_of_something_else_is_done_again(
+    whole: RunFolder, cut_short: RunFolder, field: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    fields: dict[str, Any] = {field: "other", "theta": (1e9, 1e9)}
+    rewrite_scans(cut_short, lambda scan: replace(scan, **fields))
+    summary = run_in_process(SWEEP, cut_short)
+    assert summary.state_digest == whole.read_results()[-1].state_digest
+    assert "p000 is scanned again: its scan was of other parameters" in caplog.text
+
+
+def test_a_choice_that_does_not_follow_is_refused(cut_short: RunFolder) -> None:
+    choice = cut_short.read_selection(1)
+    assert choice is not None
+    cut_short.write_selection(1, replace(choice, chosen=1 - choice.chosen))
+    refused(
+        cut_short,
+        SWEEP,
+        RuntimeError,
+        rf"task 1: selection.json, which keeps point {1 - choice.chosen}, does not follow",
+    )
+
+
+def test_a_first_choice_that_does_not_follow_is_not_reused(copy: RunFolder, tmp_path: Path) -> None:
+    sweep = make(search={"tasks": "first"})
+    folder = run_folder(str(tmp_path), "first")
+    run_in_process(make(search={"tasks": "first"}, scenario={"tasks": 1}), folder)
+    choice = folder.read_selection(0)
+    assert choice is not None
+    folder.write_selection(0, replace(choice, chosen=1 - choice.chosen))
+    refused(folder, sweep, RuntimeError, rf"task 0: selection.json, which keeps point {1 - choice.chosen}")
+    folder.write_selection(0, choice)
+    assert run_in_process(sweep, folder).tasks[1].selected.alpha == sweep.layer_alphas(
+        sweep.search.alpha[choice.chosen]
+    )
+
+
+# A commit against its scan
+
+UNITS = {"hidden0": Units(4, 2, 2, 2), "hidden1": Units(4, 3, 3, 1)}
+
+
+@pytest.mark.parametrize(("total", "allowed"), [(300, 1), (10_000, 2), (4999, 1), (60_000, 12)])
+def test_a_commit_may_differ_from_its_scan_by_what_rounding_does(total: int, allowed: int) -> None:
+    scan = replace(make_scan(0, 200, (2, 3)), val_total=total)
+    for correct in (200 - allowed, 200, 200 + allowed):
+        check_commit(UNITS, correct, scan)
+    for correct in (199 - allowed, 201 + allowed):
+        with pytest.raises(RuntimeError, match=f"gets {correct} of {total} validation samples right.* counted 200"):
+            check_commit(UNITS, correct, scan)
+
+
+def test_a_commit_has_the_units_of_its_scan() -> None:
+    with pytest.raises(RuntimeError, match=r"left \(2, 2\) units active, the commit \(2, 3\)"):
+        check_commit(UNITS, 200, make_scan(0, 200, (2, 2)))
