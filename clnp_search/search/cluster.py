@@ -31,8 +31,6 @@ os.environ.setdefault("TUNE_MAX_PENDING_TRIALS_PG", "1000")
 os.environ.setdefault("RAY_worker_niceness", "0")
 # No workers without an environment, which none of our tasks could use; see TRIAL_ENVIRONMENT.
 os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
-# On a loaded machine Ray's start takes longer than it waits for.
-os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "120")
 # Idle workers, which have imported torch, stay for the next task's scans instead of ending after a second.
 os.environ.setdefault("RAY_num_workers_soft_limit", str(2 * (os.cpu_count() or 1)))
 
@@ -233,6 +231,8 @@ def _join(address: str) -> None:
 
 
 def _init(address: str, **options: Any) -> None:
+    # How long Ray waits for its own start, more than usual for a loaded machine; and how often it tries to connect.
+    os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "120" if address == "local" else "1")
     ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, configure_logging=True, **options)
 
 
