@@ -205,7 +205,7 @@ class Runner:
                     "a file of this run was changed"
                 )
             return self._adopt(existing)
-        points = grid(self._sweep, self._reused_point(index))
+        points = grid(self._sweep, self._reused_point(index), state.graph.layers)
         memory = self._sequence.memory(state, index)
         plan = TaskPlan(
             task=index,
