@@ -8,18 +8,22 @@ from __future__ import annotations
 import difflib
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from textwrap import shorten
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     FiniteFloat,
     PositiveInt,
+    Tag,
     ValidationError,
     WithJsonSchema,
     model_validator,
@@ -28,12 +32,16 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from clnp_search.errors import InputError
-from clnp_search.importing import IMPORT_PATH
+from clnp_search.importing import IMPORT_PATH, described, imported
 from clnp_search.storage import NAME_PATTERN, RunFolder
 from clnp_search.tasks import SCENARIOS, Kind, Scenario, Wanted, kind_of
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from clnp_search.clnp.graph import Graph
     from clnp_search.clnp.state import Architecture
+    from clnp_search.clnp.trace import Traced
     from clnp_search.clnp.training import TrainingSettings
 
 
@@ -52,11 +60,24 @@ def _parse_margin(value: Any) -> Any:
 
 
 def _check_alpha(value: Any) -> Any:
-    values = value if isinstance(value, list | tuple) else [value]
+    values = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else [value]
     numbers = [each for each in values if isinstance(each, int | float) and not isinstance(each, bool)]
     if not values or len(numbers) < len(values) or not all(0 <= each < float("inf") for each in numbers):
-        raise ValueError("write a number of 0 or more, or a list with one for each hidden layer and the head last")
-    return float(value) if not isinstance(value, list | tuple) else tuple(float(each) for each in value)
+        raise ValueError(
+            "write a number of 0 or more, a list with one for each layer and the head last, or one for each pattern "
+            'of layer names, such as {"layer1.*": 1e-6, "*": 1e-5}'
+        )
+    if isinstance(value, Mapping):
+        return {str(pattern): float(each) for pattern, each in value.items()}
+    return tuple(float(each) for each in value) if isinstance(value, list | tuple) else float(value)
+
+
+def _check_conv_layer(value: Any) -> Any:
+    units = value.removeprefix("valid ").strip() if isinstance(value, str) and value.startswith("valid ") else value
+    units = int(units) if isinstance(units, str) and units.isdecimal() and value != units else units
+    if value != "pool" and (isinstance(units, bool) or not isinstance(units, int) or units < 1):
+        raise ValueError("write a number of channels, `valid N` for N channels without padding, or `pool`")
+    return f"valid {units}" if isinstance(value, str) and value != "pool" else value
 
 
 def _parse_validation(value: Any) -> Any:
@@ -86,7 +107,15 @@ def _as_list(value: Any) -> Any:
 Margin = Annotated[float, BeforeValidator(_parse_margin), Field(ge=0, lt=1)]
 NonNegative = Annotated[FiniteFloat, Field(ge=0)]
 Positive = Annotated[FiniteFloat, Field(gt=0)]
-Alpha = Annotated[float | tuple[float, ...], BeforeValidator(_check_alpha)]
+AlphaValue = float | tuple[float, ...] | dict[str, float]
+Alpha = Annotated[AlphaValue, BeforeValidator(_check_alpha)]
+ConvLayer = Annotated[
+    PositiveInt | str,
+    BeforeValidator(_check_conv_layer),
+    WithJsonSchema(
+        {"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string", "pattern": r"^(pool|valid [1-9]\d*)$"}]}
+    ),
+]
 Grid = BeforeValidator(_as_list)
 ScenarioName = Annotated[
     str,
@@ -169,20 +198,143 @@ class ScenarioConfig(_Section):
         return values
 
 
-class NetworkConfig(_Section):
-    """The network of fixed size that all tasks share."""
+class MlpConfig(_Section):
+    """A multilayer perceptron."""
 
+    flatten: ClassVar[bool] = True
     name: Literal["mlp"] = "mlp"
-    """Kind of network."""
+    """mlp: a multilayer perceptron."""
     hidden: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
     """Units of each hidden layer."""
     activation: Literal["relu", "sigmoid", "tanh"] = "relu"
     """Activation of the hidden layers."""
 
     @property
-    def flatten(self) -> bool:
-        """Whether it sees flat samples, instead of images."""
-        return self.name == "mlp"
+    def layer_names(self) -> tuple[str, ...]:
+        """Its layers, the head last."""
+        return (*(f"hidden{index}" for index in range(len(self.hidden))), "head")
+
+    def graph(self, input_shape: tuple[int, ...], head_bias: bool) -> Graph:
+        """The network for samples of a shape: (values,)."""
+        from clnp_search.clnp.graph import mlp
+
+        return mlp(input_shape[0], self.hidden, self.activation, head_bias)
+
+
+class ConvConfig(_Section):
+    """A convolutional network."""
+
+    flatten: ClassVar[bool] = False
+    name: Literal["conv"]
+    """conv: 3 x 3 convolutions and maximum pools, then dense layers."""
+    layers: Annotated[tuple[ConvLayer, ...], Field(min_length=1)]
+    """Channels of each convolution (padding 1), `valid N` for N channels without padding, or `pool` (2 x 2)."""
+    dense: tuple[PositiveInt, ...] = ()
+    """Units of the dense layers after them."""
+    activation: Literal["relu", "sigmoid", "tanh"] = "relu"
+    """Activation of the hidden layers."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """After each pool; twice as much, at most a half, after each dense layer."""
+    batch_norm: bool = False
+    """Whether each convolution is normalised; it then has no bias."""
+
+    @property
+    def layer_names(self) -> tuple[str, ...]:
+        """Its layers, the head last."""
+        convolutions = range(sum(entry != "pool" for entry in self.layers))
+        dense = range(len(self.dense))
+        return (*(f"conv{index}" for index in convolutions), *(f"dense{index}" for index in dense), "head")
+
+    def graph(self, input_shape: tuple[int, ...], head_bias: bool) -> Graph:
+        """The network for samples of a shape: (C, H, W)."""
+        from clnp_search.clnp.graph import conv
+
+        settings = self.model_dump(exclude={"name"})
+        return conv(input_shape, **settings, head_bias=head_bias)
+
+
+class ZenkeConfig(_Section):
+    """The convolutional network of Zenke, Poole and Ganguli (2017)."""
+
+    flatten: ClassVar[bool] = False
+    name: Literal["zenke"]
+    """zenke: convolutions of 32, 32, 64 and 64 channels, two pools, 512 dense units, dropout."""
+    width: Positive = 1.0
+    """How many times as wide each layer is."""
+
+    @property
+    def layer_names(self) -> tuple[str, ...]:
+        """Its layers, the head last."""
+        return ("conv0", "conv1", "conv2", "conv3", "dense0", "head")
+
+    def graph(self, input_shape: tuple[int, ...], head_bias: bool) -> Graph:
+        """The network for samples of a shape: (C, H, W)."""
+        from clnp_search.clnp.graph import zenke
+
+        return zenke(input_shape, self.width, head_bias)
+
+
+class ModuleConfig(_Section):
+    """A network of your own: an nn.Module that takes batches of samples and gives logits."""
+
+    flatten: ClassVar[bool] = False
+    layer_names: ClassVar[tuple[str, ...]] = ()  # known only when it is made
+    module: Annotated[str, Field(pattern=f"^{IMPORT_PATH}$")]
+    """Import path of its class, or of a function that returns one: package.module:name."""
+    arguments: dict[str, Any] = {}
+    """What that is called with, by name."""
+
+    def make(self, folders: Sequence[Path], seed: int) -> nn.Module:
+        """A new one, drawn under a seed.
+
+        Args:
+            folders: Where its Python module may lie, if it is not installed.
+
+        Raises:
+            InputError: There is none.
+        """
+        import torch
+
+        where = f"network.module: {self.module!r}"
+        with imported("network.module", self.module, folders) as make, torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            try:
+                module = make(**self.arguments)
+            except Exception as error:  # a user's constructor may raise anything
+                raise InputError(f"{where}: called with {self.arguments}, it raised {described(error)}") from error
+        if not isinstance(module, torch.nn.Module):
+            raise InputError(f"{where}: gives a {type(module).__name__}; wanted is a torch.nn.Module")
+        return module
+
+
+NETWORKS: dict[str, type[_Section]] = {
+    "(mlp)": MlpConfig,
+    "(conv)": ConvConfig,
+    "(zenke)": ZenkeConfig,
+    "(module)": ModuleConfig,
+}
+
+
+def _network_kind(value: Any) -> str:
+    """Which of `NETWORKS` describes a network."""
+    if isinstance(value, _Section):
+        return next(kind for kind, section in NETWORKS.items() if type(value) is section)
+    if not isinstance(value, Mapping):
+        return "none"
+    return "(module)" if "module" in value else f"({value.get('name', 'mlp')})"
+
+
+NetworkConfig = Annotated[
+    Annotated[MlpConfig, Tag("(mlp)")]
+    | Annotated[ConvConfig, Tag("(conv)")]
+    | Annotated[ZenkeConfig, Tag("(zenke)")]
+    | Annotated[ModuleConfig, Tag("(module)")],
+    Discriminator(
+        _network_kind,
+        custom_error_type="network",
+        custom_error_message="allowed: name: mlp, conv or zenke, or module: package.module:name of your own",
+    ),
+]
 
 
 class HeadConfig(_Section):
@@ -226,7 +378,8 @@ class SearchConfig(_Section):
     tasks: Literal["every", "first"] = "every"
     """Search on every task, or on the first only: later tasks reuse its choice."""
     alpha: Annotated[tuple[Alpha, ...], Grid, Field(min_length=1)] = (1e-6, 1e-5, 1e-4)
-    """L1 coefficients to try: each a number, or a list with one for each hidden layer and the head last."""
+    """L1 coefficients to try: each a number; a list with one for each layer, the head last (`clnp-search network` shows
+    their order); or one for each pattern of layer names, the first match wins: {"layer1.*": 1e-6, "*": 1e-5}."""
     learning_rate: Annotated[tuple[Positive, ...], Grid, Field(min_length=1)] = (0.001, 0.002)
     """Learning rates to try."""
     points_per_trial: Literal["auto"] | PositiveInt = "auto"
@@ -317,7 +470,7 @@ class Sweep(_Section):
                 classes=config.classes,
                 size=config.size,
                 arguments=config.arguments,
-                modules=tuple(Path(folder) for folder in self.modules),
+                modules=self.module_folders,
             )
         )
         scenario = Scenario(sets, tasks, config.validation, config.scaling, self.seed, self.network.flatten)
@@ -335,18 +488,75 @@ class Sweep(_Section):
                 raise InputError(f"scenario.augment.crop: {config.augment.crop}; allowed: 0 to {side - 1}")
         return scenario
 
+    @property
+    def module_folders(self) -> tuple[Path, ...]:
+        """Where your own modules may lie."""
+        return tuple(Path(folder) for folder in self.modules)
+
+    def graph(self, input_shape: tuple[int, ...]) -> Graph:
+        """The network for samples of a shape: (values,) or (C, H, W).
+
+        Raises:
+            InputError: There is none, or it does not take such samples.
+            NetworkRefused: A module cannot be trained here; has every reason.
+        """
+        if isinstance(self.network, ModuleConfig):
+            return self._traced(input_shape).graph
+        try:
+            return self.network.graph(input_shape, self.has_head_bias)
+        except (ValueError, RuntimeError) as error:
+            raise InputError(f"network: does not take samples of shape {input_shape}: {error}") from error
+
+    def draw(self, input_shape: tuple[int, ...], seed: int) -> dict[str, dict[str, Tensor]] | None:
+        """All parameters as a module's own constructor draws them under a seed; nothing for networks of ours.
+
+        Raises:
+            InputError: As `graph`.
+            NetworkRefused: As `graph`.
+        """
+        if not isinstance(self.network, ModuleConfig):
+            return None
+        return self._traced(input_shape).tensors(self.network.make(self.module_folders, seed))
+
+    def _traced(self, input_shape: tuple[int, ...]) -> Traced:
+        from clnp_search.clnp.trace import trace
+
+        assert isinstance(self.network, ModuleConfig)
+        traced = trace(self.network.make(self.module_folders, self.seed), input_shape)
+        return traced if self.has_head_bias else traced.without_head_bias()
+
+    @property
+    def has_head_bias(self) -> bool:
+        """Whether the output layer may have a bias."""
+        return self.head.kind == "multi" or self.head.bias != "none"
+
     def architecture(self, input_shape: tuple[int, ...]) -> Architecture:
-        """The network for samples of a shape: (values,) or (C, H, W)."""
-        from clnp_search.clnp.graph import mlp
+        """The network and its head for samples of a shape: (values,) or (C, H, W).
+
+        Raises:
+            InputError: There is none, with every reason.
+        """
         from clnp_search.clnp.state import Architecture
+        from clnp_search.clnp.trace import NetworkRefused
 
-        has_bias = self.head.kind == "multi" or self.head.bias != "none"
-        graph = mlp(input_shape[0], self.network.hidden, self.network.activation, has_bias)
-        return Architecture(graph, self.head.kind, self.head.bias)
+        try:
+            return Architecture(self.graph(input_shape), self.head.kind, self.head.bias)
+        except NetworkRefused as error:
+            listed = "\n".join(f"  {each.module}: {each.reason}" for each in error.refused)
+            raise InputError(f"network.module: refused for {len(error.refused)} reason(s)\n{listed}") from error
 
-    def layer_alphas(self, alpha: float | tuple[float, ...]) -> tuple[float, ...]:
-        """An alpha of the grid as one value for each hidden layer and the head."""
-        return alpha if isinstance(alpha, tuple) else (alpha,) * (len(self.network.hidden) + 1)
+    def layer_alphas(self, alpha: AlphaValue, layers: Sequence[str]) -> tuple[float, ...]:
+        """An alpha of the grid as one value for each of the network's layers.
+
+        Raises:
+            InputError: An alpha of the grid does not fit the layers; names each that does not.
+        """
+        faults = [fault for index, each in enumerate(self.search.alpha) for fault in _alpha_faults(index, each, layers)]
+        if faults:
+            raise InputError("\n".join(faults))
+        if isinstance(alpha, dict):
+            return tuple(next(alpha[each] for each in alpha if fnmatchcase(layer, each)) for layer in layers)
+        return alpha if isinstance(alpha, tuple) else (alpha,) * len(layers)
 
     def to_yaml(self) -> str:
         """The resolved sweep, every default written out."""
@@ -425,6 +635,9 @@ def parse_sweep(raw: dict[str, Any], source: str) -> Sweep:
         for detail in error.errors():
             faults.append(_explain(detail))
     faults.extend(_faults_between_sections(raw))
+    if sweep is not None and sweep.network.layer_names:
+        for index, alpha in enumerate(sweep.search.alpha):
+            faults.extend(_alpha_faults(index, alpha, sweep.network.layer_names))
     if faults or sweep is None:
         listed = "\n".join(f"  {fault}" for fault in dict.fromkeys(faults))
         raise InputError(f"{source}: {len(dict.fromkeys(faults))} fault(s)\n{listed}")
@@ -466,20 +679,27 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
 
 def _faults_between_sections(raw: dict[str, Any]) -> Iterator[str]:
     """Faults that need two keys to see; skipped where the keys that they lean on are faulty themselves."""
-    search, scenario = raw.get("search"), raw.get("scenario")
-    try:
-        wanted = len(NetworkConfig.model_validate(raw.get("network")).hidden) + 1
-    except ValidationError:
-        wanted = 0
-    alphas = search.get("alpha") if isinstance(search, dict) else None
-    for index, alpha in enumerate(alphas if wanted and isinstance(alphas, list) else []):
-        if isinstance(alpha, list) and len(alpha) != wanted:
-            yield (
-                f"search.alpha[{index}]: {alpha} has {len(alpha)} values; allowed: one number, or {wanted} "
-                f"(one for each of the {wanted - 1} hidden layers, the head last)"
-            )
+    scenario = raw.get("scenario")
     if isinstance(scenario, dict) and (kind := kind_of(str(scenario.get("name")))):
         yield from _scenario_faults(scenario, kind, raw.get("network"))
+
+
+def _alpha_faults(index: int, alpha: AlphaValue, layers: Sequence[str]) -> Iterator[str]:
+    """How an alpha of the grid does not fit a network's layers."""
+    key, names = f"search.alpha[{index}]", shorten(", ".join(layers), 200, placeholder="...")
+    if isinstance(alpha, tuple) and len(alpha) != len(layers):
+        yield (
+            f"{key}: {list(alpha)} has {len(alpha)} values; allowed: one number, or {len(layers)}, one for each layer, "
+            f"the head last: {names}"
+        )
+    if isinstance(alpha, dict):
+        for pattern in alpha:
+            if not any(fnmatchcase(layer, pattern) for layer in layers):
+                yield f"{key}: {pattern!r} matches no layer; there are {names}"
+        left = [layer for layer in layers if not any(fnmatchcase(layer, pattern) for pattern in alpha)]
+        if left:
+            left_out = shorten(", ".join(left), 200, placeholder="...")
+            yield f"{key}: no pattern matches {left_out}; a last pattern '*' takes the rest"
 
 
 def _scenario_faults(scenario: dict[str, Any], kind: Kind, network: Any) -> Iterator[str]:
@@ -501,7 +721,7 @@ def _scenario_faults(scenario: dict[str, Any], kind: Kind, network: Any) -> Iter
     if isinstance(augment, dict) and any(augment.values()):
         if kind.permuted:
             yield f"scenario.augment: the images of {name} are permuted, and cannot be moved or mirrored"
-        elif isinstance(network, dict) and network.get("name", "mlp") == "mlp":
+        elif _network_kind(network) == "(mlp)":
             yield "scenario.augment: an mlp sees flat samples; allowed: a network that sees images"
 
 
@@ -511,12 +731,14 @@ def _explain(detail: Any) -> str:
     key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
     if detail["type"] == "extra_forbidden":
         section: Any = Sweep
-        for part in location[:-1]:
-            section = section.model_fields[part].annotation
+        for part in detail["loc"][:-1]:
+            section = NETWORKS[part] if part in NETWORKS else section.model_fields[part].annotation
         known = list(section.model_fields)
         close = difflib.get_close_matches(str(location[-1]), known, 1, cutoff=0.5)
         hint = f"did you mean {close[0]!r}? " if close else ""
         return f"{key}: unknown key; {hint}Known here: {', '.join(known)}"
+    if detail["type"] == "network" and isinstance(detail["input"], dict):
+        return f"{key}.name: {detail['input'].get('name')!r}: {detail['msg']}"
     if detail["type"] == "missing":
         return f"{key}: missing; it has no default"
     message = detail["msg"].removeprefix("Value error, ")

@@ -15,7 +15,8 @@ import torch
 
 from clnp_search import selection
 from clnp_search.agreement import check_commit, check_plan, check_selection, check_sweep, recorded_choice
-from clnp_search.clnp.state import FREE, Architecture, State, commit
+from clnp_search.clnp.seeds import generator
+from clnp_search.clnp.state import FREE, Architecture, Parameters, State, commit
 from clnp_search.clnp.subnetwork import Subnetwork, subnetworks
 from clnp_search.config import Sweep
 from clnp_search.errors import InputError, MachineFault
@@ -114,10 +115,15 @@ class TaskSequence:
             check_plan(folder, plan, self.sweep, parent_digest, self.data_digest(index), self.task(index))
         return plan
 
-    @property
+    @cached_property
     def architecture(self) -> Architecture:
-        """The network of all tasks."""
+        """The network that the first task begins with."""
         return self.sweep.architecture(self.scenario.input_shape)
+
+    def drawn(self, index: int) -> Parameters | None:
+        """What a module's own constructor draws for the task at `index`; None for networks of ours."""
+        seed = generator(self.sweep.seed, "init", index).initial_seed()
+        return self.sweep.draw(self.scenario.input_shape, seed)
 
     def empty_state(self) -> State:
         """The state before the first task."""
@@ -156,7 +162,8 @@ class Runner:
             MachineFault: The cluster has not.
         """
         self._sequence.check()
-        self._packs(grid(self._sweep, None), 0, self._sequence.empty_state())
+        state = self._sequence.empty_state()
+        self._packs(grid(self._sweep, None, state.graph.layers), 0, state)
 
     def run(self) -> Summary:
         """Commits every task that is not committed yet. Whatever is raised, what is finished stays, and can be resumed.
@@ -224,6 +231,7 @@ class Runner:
                 scenario=sequence.scenario,
                 settings=sweep.training.settings,
                 seed=sweep.seed,
+                graph=sequence.architecture.graph,
                 augment=sweep.scenario.augment.settings,
             )
         )
@@ -232,7 +240,7 @@ class Runner:
         started = time.perf_counter()
         sweep, folder = self._sweep, self._folder
         plan = self._plan(index, state)
-        inputs = self._cluster.share((plan, state))
+        inputs = self._cluster.share((plan, state, self._sequence.drawn(index)))
         records = yield from self._train(plan, inputs)
         scans = self._scan(index, inputs, records)
         choice = selection.choose(records, scans, sweep.forgetting.margin, sweep.forgetting.sparsity)
@@ -269,7 +277,7 @@ class Runner:
 
     def _plan(self, index: int, state: State) -> TaskPlan:
         """The task's recorded plan, or a new one."""
-        points = grid(self._sweep, reused_point(self._folder, self._sweep, index))
+        points = grid(self._sweep, reused_point(self._folder, self._sweep, index), state.graph.layers)
         existing = self._sequence.read_plan(self._folder, index, state.digest)
         if existing is not None:
             if existing.points != points:

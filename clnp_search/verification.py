@@ -135,10 +135,11 @@ class _Proof:
             raise ValueError("; ".join(faults))
 
     def _plan(self, task: int) -> TaskPlan:
+        sweep, layers = self._sequence.sweep, self._empty.graph.layers
         plan = self._sequence.read_plan(self._folder, task, self._digests[task])
         if plan is None:
             raise ValueError("plan.json is missing")
-        if plan.points != grid(self._sequence.sweep, reused_point(self._folder, self._sequence.sweep, task)):
+        if plan.points != grid(sweep, reused_point(self._folder, sweep, task), layers):
             raise ValueError("its points are not the sweep's grid")
         return plan
 

@@ -198,7 +198,8 @@ def make_inputs(
         "test",
     )
     sequence = TaskSequence(sweep)
-    state, points = sequence.empty_state(), grid(sweep, None)
+    state = sequence.empty_state()
+    points = grid(sweep, None, state.graph.layers)
     keys = tuple(sequence.key(state, 0, point) for point in points)
     environment = Environment("cpu", 1, "float32", torch.__version__, "test")
     plan = TaskPlan(0, "first", state.digest, points, keys, pack_points(points, len(points)), environment)
@@ -219,7 +220,7 @@ def write_run(folder: RunFolder, sweep: Sweep, num_tasks: int = 2) -> Iterator[s
     folder.write_sweep(sweep.to_yaml())
     state = State.empty(sweep.architecture(3))
     layers = state.architecture.layer_names
-    points = grid(sweep, None)
+    points = grid(sweep, None, state.graph.layers)
     results: tuple[TaskResult, ...] = ()
     folder.write_summary(summarise(folder.name, "running", sweep.seed, state.digest, results))
     yield "began"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from builders import make_sweep
 
 from clnp_search.config import AugmentConfig, Sweep, load_sweep, parse_sweep
@@ -64,7 +65,10 @@ def test_an_exponent_without_a_point_is_a_number(tmp_path: Path, text: str) -> N
 def test_an_alpha_is_a_number_or_one_for_each_layer_with_the_head_last(tmp_path: Path) -> None:
     sweep = load_sweep(written(tmp_path, f"{SMALLEST}search: {{alpha: [1e-6, [1e-7, 1e-5, 1e-6]]}}\n"))
     assert sweep.search.alpha == (1e-6, (1e-7, 1e-5, 1e-6))
-    assert [sweep.layer_alphas(alpha) for alpha in sweep.search.alpha] == [(1e-6,) * 3, (1e-7, 1e-5, 1e-6)]
+    assert [sweep.layer_alphas(alpha, ("hidden0", "hidden1", "head")) for alpha in sweep.search.alpha] == [
+        (1e-6,) * 3,
+        (1e-7, 1e-5, 1e-6),
+    ]
 
 
 def test_a_single_value_is_a_grid_of_one(tmp_path: Path) -> None:
@@ -74,9 +78,9 @@ def test_a_single_value_is_a_grid_of_one(tmp_path: Path) -> None:
 
 
 def test_a_sweep_knows_its_architecture() -> None:
-    architecture = make_sweep(head={"kind": "single", "bias": "none"}).architecture(64)
-    assert (architecture.in_features, architecture.hidden) == (64, (4, 4))
-    assert (architecture.activation, architecture.head, architecture.head_bias) == ("relu", "single", "none")
+    architecture = make_sweep(head={"kind": "single", "bias": "none"}).architecture((64,))
+    assert (architecture.graph.input_shape, architecture.graph.groups) == ((64,), {"hidden0": 4, "hidden1": 4})
+    assert (architecture.head, architecture.head_bias, architecture.bias_rule) == ("single", "none", "none")
 
 
 def test_a_sweep_cannot_be_changed() -> None:
@@ -262,7 +266,7 @@ def test_an_alpha_list_of_the_wrong_length_says_how_many_are_allowed(tmp_path: P
     lines = faults(tmp_path, f"{SMALLEST}search: {{alpha: {alpha}}}\n")
     assert len(lines) == 2
     assert lines[1].startswith("search.alpha[")
-    assert lines[1].endswith("allowed: one number, or 3 (one for each of the 2 hidden layers, the head last)")
+    assert lines[1].endswith("allowed: one number, or 3, one for each layer, the head last: hidden0, hidden1, head")
 
 
 @pytest.mark.parametrize("alpha", ["[text]", "[true]", "[[1, text, 3]]", "[.inf]", "[.nan]", "[[]]", "[]", "[null]"])
@@ -445,3 +449,146 @@ def test_plain_data_give_the_same_sweep_as_a_file(tmp_path: Path) -> None:
         "network": {"hidden": [4, 4]},
     }
     assert parse_sweep(raw, "test") == load_sweep(written(tmp_path, SMALLEST))
+
+
+# Networks
+
+NAMES = "network: {hidden: [4, 4]}"
+OWN = """
+import torch
+
+
+class Small(torch.nn.Module):
+    def __init__(self, channels, bias=True):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(1, channels, 3)
+        self.head = torch.nn.Linear(channels * 36, 10, bias=bias)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.conv(x)).flatten(1))
+
+
+def broken():
+    raise RuntimeError("no luck")
+"""
+
+
+def with_network(tmp_path: Path, network: str, search: str = "{}") -> Sweep:
+    """A sweep with a network, beside a Python module `own` of the user's."""
+    (tmp_path / "own.py").write_text(OWN, encoding="utf-8")
+    text = SMALLEST.replace(NAMES, f"network: {network}") + f"search: {search}\n"
+    return load_sweep(written(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("network", "groups"),
+    [
+        ("{hidden: [3]}", {"hidden0": 3}),
+        ("{name: conv, layers: [2, pool, valid 3], dense: [5]}", {"conv0": 2, "conv1": 3, "dense0": 5}),
+        ("{name: conv, layers: [2], batch_norm: true, dropout: 0.2, activation: tanh}", {"conv0": 2}),
+        ("{name: zenke, width: 0.125}", {"conv0": 4, "conv1": 4, "conv2": 8, "conv3": 8, "dense0": 64}),
+        ("{module: 'own:Small', arguments: {channels: 3}}", {"conv": 3}),
+    ],
+)
+def test_a_network_of_each_kind_becomes_a_graph(tmp_path: Path, network: str, groups: dict[str, int]) -> None:
+    sweep = with_network(tmp_path, network)
+    graph = sweep.graph((64,) if sweep.network.flatten else (1, 16, 16) if "zenke" in network else (1, 8, 8))
+    assert graph.groups == groups
+    assert sweep.network.layer_names in ((), graph.layers)
+    assert parse_sweep(json.loads(sweep.model_dump_json()), "dumped") == sweep
+
+
+@pytest.mark.parametrize(
+    ("network", "fault"),
+    [
+        (
+            "{name: cnn, layers: [3]}",
+            "network.name: 'cnn': allowed: name: mlp, conv or zenke, or module: package.module",
+        ),
+        ("{name: conv, layers: [3, pol]}", "network.layers[1]: 'pol': write a number of channels, `valid N`"),
+        ("{name: conv, layers: [0]}", "network.layers[0]: 0: write a number of channels"),
+        ("{name: conv, layers: [valid 0]}", "network.layers[0]: 'valid 0': write a number of channels"),
+        ("{name: conv, hidden: [3]}", "network.layers: missing; it has no default"),
+        ("{name: zenke, widht: 2}", "network.widht: unknown key; did you mean 'width'? Known here: name, width"),
+        ("{module: 'own:Small', name: mlp}", "network.name: unknown key; Known here: module, arguments"),
+        ("{module: own.Small}", "network.module: 'own.Small': "),
+        ("{hidden: [4], width: 2}", "network.width: unknown key; Known here: name, hidden, activation"),
+        ("[4]", "network: [4]: allowed: name: mlp, conv or zenke, or module"),
+    ],
+)
+def test_a_faulty_network_is_named_by_its_kinds_own_keys(tmp_path: Path, network: str, fault: str) -> None:
+    assert any(line.startswith(fault) for line in faults(tmp_path, SMALLEST.replace(NAMES, f"network: {network}")))
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "fault"),
+    [
+        ("absent:Small", "{}", "no module 'absent'"),
+        ("own:Smal", "{}", "has no 'Smal'; did you mean 'Small'?"),
+        ("own:Small", "{}", "called with {}, it raised TypeError"),
+        ("own:broken", "{}", "it raised RuntimeError: no luck"),
+        ("own:torch.zeros", "{size: [2]}", "gives a Tensor; wanted is a torch.nn.Module"),
+        ("own:Small", "{channels: 2}", "refused for 1 reason(s)"),
+    ],
+)
+def test_a_module_that_cannot_be_made_or_trained_is_named(
+    tmp_path: Path, module: str, arguments: str, fault: str
+) -> None:
+    sweep = with_network(tmp_path, f"{{module: '{module}', arguments: {arguments}}}")
+    with pytest.raises(InputError, match=r"^network\.module: ") as caught:
+        sweep.architecture((3, 8, 8))
+    assert fault in str(caught.value)
+
+
+def test_a_network_that_does_not_take_the_samples_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"^network: does not take samples of shape \(1, 2, 2\): "):
+        with_network(tmp_path, "{name: zenke}").graph((1, 2, 2))
+
+
+def test_a_modules_head_has_no_bias_where_the_sweep_says_so(tmp_path: Path) -> None:
+    sweep = with_network(tmp_path, "{module: 'own:Small', arguments: {channels: 3}}")
+    assert "bias" in sweep.graph((1, 8, 8)).shapes(sweep.graph((1, 8, 8)).by_name["head"])
+    bare = sweep.model_copy(update={"head": make_sweep(head={"kind": "single", "bias": "none"}).head})
+    graph, drawn = bare.graph((1, 8, 8)), bare.draw((1, 8, 8), 0)
+    assert drawn is not None
+    assert list(graph.shapes(graph.by_name["head"])) == list(drawn["head"]) == ["weight"]
+
+
+def test_a_module_draws_the_same_under_the_same_seed_and_leaves_torchs_own(tmp_path: Path) -> None:
+    sweep = with_network(tmp_path, "{module: 'own:Small', arguments: {channels: 3}}")
+    before = torch.get_rng_state()
+    first, again, other = (sweep.draw((1, 8, 8), seed) for seed in (1, 1, 2))
+    assert first is not None
+    assert again is not None
+    assert other is not None
+    assert torch.equal(first["conv"]["weight"], again["conv"]["weight"])
+    assert not torch.equal(first["conv"]["weight"], other["conv"]["weight"])
+    assert torch.equal(torch.get_rng_state(), before)
+    assert make_sweep().draw((64,), 1) is None
+
+
+# Alphas by pattern
+
+
+def test_an_alpha_by_pattern_takes_the_first_match() -> None:
+    alpha = {"layer1.*": 1e-6, "*.bn": 0, "*": 1e-5}
+    sweep = make_sweep(search={"alpha": [alpha]}, network={"module": "own:Small"})
+    assert sweep.layer_alphas(sweep.search.alpha[0], ("layer1.bn", "layer2.bn", "fc")) == (1e-6, 0, 1e-5)
+
+
+def test_alphas_that_do_not_fit_the_layers_are_all_named() -> None:
+    alphas = [1e-6, [1, 2], {"layer1.*": 1, "nothing*": 2}]
+    sweep = make_sweep(search={"alpha": alphas}, network={"module": "own:Small"})
+    with pytest.raises(InputError) as caught:
+        sweep.layer_alphas(sweep.search.alpha[0], ("layer1.conv", "layer2.conv", "fc"))
+    assert str(caught.value).splitlines() == [
+        "search.alpha[1]: [1.0, 2.0] has 2 values; allowed: one number, or 3, one for each layer, the head last: "
+        "layer1.conv, layer2.conv, fc",
+        "search.alpha[2]: 'nothing*' matches no layer; there are layer1.conv, layer2.conv, fc",
+        "search.alpha[2]: no pattern matches layer2.conv, fc; a last pattern '*' takes the rest",
+    ]
+
+
+def test_patterns_for_a_network_of_ours_are_checked_with_the_file(tmp_path: Path) -> None:
+    text = f"{SMALLEST}search: {{alpha: {{'conv*': 1, '*': 2}}}}\n"
+    assert faults(tmp_path, text)[1:] == ["search.alpha[0]: 'conv*' matches no layer; there are hidden0, hidden1, head"]

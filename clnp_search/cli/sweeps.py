@@ -38,7 +38,7 @@ def plan(
     sequence = TaskSequence(sweep)
     results = folder.read_results()
     state = folder.read_state(len(results) - 1) if results else sequence.empty_state()
-    points = grid(sweep, None)
+    points = grid(sweep, None, state.graph.layers)
     memory = sequence.memory(state, min(len(results), len(sequence) - 1))
     packs = plan_packs(sweep, points, memory, capacity.num_slots, capacity.slot_bytes)
     searched = len(sequence) if sweep.search.tasks == "every" else 1

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
-from clnp_search.clnp.graph import CLASSES, INPUT
+from clnp_search.clnp.graph import CLASSES, INPUT, Graph
 from clnp_search.clnp.seeds import generator
 from clnp_search.clnp.state import Parameters, State
-
-if TYPE_CHECKING:
-    from clnp_search.clnp.trace import Traced
 
 NEUTRAL = {"scale": 1.0, "variance": 1.0, "slope": 0.25}
 
@@ -45,32 +39,25 @@ def draw(state: State, num_classes: int, seed: int) -> Parameters:
     return drawn
 
 
-def from_module(state: State, num_classes: int, seed: int, make: Callable[[], nn.Module], traced: Traced) -> Parameters:
-    """As a module's own constructor draws them under the task's seed.
+def overlaid(drawn: Parameters, graph: Graph, own: Parameters, of: Graph) -> Parameters:
+    """Drawn parameters with those that a module's constructor has drawn in their place.
 
-    What the constructor does not have is as in `draw`: units that the network has gained since, and a head of another
-    number of classes.
+    What the constructor does not have stays as it was drawn: units that the network has gained since, and a head of
+    another number of classes.
 
     Args:
-        make: Constructs the module afresh.
-        traced: What its graph was made from.
+        graph: The network, of which `drawn` are the parameters.
+        own: Those of the module.
+        of: The module's graph.
     """
-    drawn, graph = draw(state, num_classes, seed), state.graph
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(generator(seed, "init", state.num_tasks).initial_seed())
-        own = traced.tensors(make())
-    first = {group: torch.arange(units) for group, units in traced.graph.groups.items()}
+    first = {group: torch.arange(units) for group, units in of.groups.items()}
     first[INPUT] = torch.arange(graph.input_shape[0])
     for node in graph.nodes:
         for name, values in own.get(node.name, {}).items():
             full = drawn[node.name].get(name)
-            if node.groups == (CLASSES,):
-                if full is None or len(values) != num_classes:
-                    continue
-                rows = torch.arange(num_classes)
-            else:
-                rows = graph.index(node.groups, first)
-            assert full is not None
+            if full is None or (node.groups == (CLASSES,) and len(values) != len(full)):
+                continue
+            rows = torch.arange(len(full)) if node.groups == (CLASSES,) else graph.index(node.groups, first)
             if name in node.op.MATRICES:
                 full[rows[:, None], graph.index(graph.source(node).groups, first)] = values
             else:

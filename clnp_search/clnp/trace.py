@@ -88,6 +88,14 @@ class Traced:
             }
         return found
 
+    def without_head_bias(self) -> Traced:
+        """The same with no bias in the head."""
+        head = self.graph.by_name[self.graph.head]
+        op = replace(head.op, bias=False)  # type: ignore[call-arg]
+        nodes = tuple(replace(node, op=op) if node is head else node for node in self.graph.nodes)
+        sources = {**self.sources, head.name: {"weight": self.sources[head.name]["weight"]}}
+        return Traced(replace(self.graph, nodes=nodes), sources)
+
 
 def trace(module: nn.Module, input_shape: tuple[int, ...]) -> Traced:
     """The graph of a module that takes batches of samples and gives logits [batch, classes].

@@ -41,10 +41,9 @@ from clnp_search.search.capacity import MEMORY_SHARE, Node, capacity_of
 from clnp_search.search.retries import cause_of, pause, tried
 
 if TYPE_CHECKING:
-    from clnp_search.clnp.state import State
     from clnp_search.config import ResourcesConfig
-    from clnp_search.records import PackProgress, Point, ScanRecord, TaskPlan
-    from clnp_search.search.trial import RunInputs
+    from clnp_search.records import PackProgress, Point, ScanRecord
+    from clnp_search.search.trial import OfTask, RunInputs
     from clnp_search.search.tuning import Program
 
 logger = logging.getLogger(__name__)
@@ -95,7 +94,7 @@ class Cluster:
             for _ in range(min(self.capacity.num_slots, num_points)):
                 remote.remote()
 
-    def share(self, inputs: RunInputs | tuple[TaskPlan, State]) -> ray.ObjectRef:
+    def share(self, inputs: RunInputs | OfTask) -> ray.ObjectRef:
         """Puts the inputs of a run or of one task into the object store, from where trials and scans read them."""
         return ray.put(inputs)
 
@@ -236,9 +235,7 @@ def _init(address: str, **options: Any) -> None:
     ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, configure_logging=True, **options)
 
 
-def _scan_task(
-    shared: RunInputs, of_task: tuple[TaskPlan, State], point: Point, min_correct: int, rule: str
-) -> ScanRecord:
+def _scan_task(shared: RunInputs, of_task: OfTask, point: Point, min_correct: int, rule: str) -> ScanRecord:
     from clnp_search.search.trial import TaskInputs, scan_point
 
     return scan_point(TaskInputs(shared, *of_task), point, min_correct, rule)

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from clnp_search.clnp.augment import augment
-from clnp_search.clnp.initial import draw
+from clnp_search.clnp.graph import Graph
+from clnp_search.clnp.initial import draw, overlaid
 from clnp_search.clnp.pack import Features, Pack
 from clnp_search.clnp.scan import Candidate, scan
-from clnp_search.clnp.state import State
+from clnp_search.clnp.state import Parameters, State
 from clnp_search.clnp.training import Training, TrainingSettings
 from clnp_search.records import Point, PointRecord, ScanRecord, TaskPlan
 from clnp_search.search.points import pack_name
@@ -29,28 +30,49 @@ REPORT_EVERY_S = 0.5
 POINT_FAULTS = (ArithmeticError, AssertionError, AttributeError, LookupError, NameError, TypeError, ValueError)
 
 
+# What travels once a task: its plan, the state before it, and what a module's own constructor draws for it.
+OfTask = tuple[TaskPlan, State, Parameters | None]
+
+
 class PointFault(Exception):  # noqa: N818 - a result, not an error
     """What a point itself did, its network's module and its data included: another try would end the same."""
 
 
 @dataclass(frozen=True)
 class RunInputs:
-    """What the trials and scans of all tasks read; travels once, through Ray's object store."""
+    """What the trials and scans of all tasks read; travels once, through Ray's object store.
+
+    Args:
+        graph: The network as the first task begins with it.
+        augment: Settings of `clnp.augment.augment`; empty for none.
+    """
 
     folder: str
     scenario: Scenario
     settings: TrainingSettings
     seed: int
+    graph: Graph
     augment: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class TaskInputs:
-    """All that a trial or a scan of one task reads; the plan and the state travel once a task, likewise."""
+    """All that a trial or a scan of one task reads; all but `run` travels once a task, likewise.
+
+    Args:
+        drawn: What a module's own constructor draws for the task.
+    """
 
     run: RunInputs
     plan: TaskPlan
     state: State
+    drawn: Parameters | None = None
+
+    def initial(self) -> Parameters:
+        """What the task's free parameters start from, at full size."""
+        graph = self.state.graph
+        initial = draw(self.state, self.data().info.num_classes, self.run.seed)
+        return initial if self.drawn is None else overlaid(initial, graph, self.drawn, self.run.graph)
 
     def data(self) -> TaskData:
         """The task's samples."""
@@ -165,8 +187,8 @@ def _begin(inputs: TaskInputs, points: Sequence[Point]) -> tuple[Pack, Training,
     with _computing():
         data = inputs.data()
         alphas, rates = [point.alpha for point in points], [point.learning_rate for point in points]
-        initial = draw(inputs.state, data.info.num_classes, seed)
-        pack = Pack(inputs.state, data.info.num_classes, alphas, initial, device, settings.dtype, settings.penalty)
+        classes, initial = data.info.num_classes, inputs.initial()
+        pack = Pack(inputs.state, classes, alphas, initial, device, settings.dtype, settings.penalty)
         transform, augmentation = data.info.transform, inputs.run.augment
 
         def view(raw: torch.Tensor, random: torch.Generator | None) -> torch.Tensor:

@@ -23,9 +23,7 @@ from clnp_search.records import PackProgress
 from clnp_search.search.retries import cause_of, pause, tried
 
 if TYPE_CHECKING:
-    from clnp_search.clnp.state import State
-    from clnp_search.records import TaskPlan
-    from clnp_search.search.trial import RunInputs
+    from clnp_search.search.trial import OfTask, RunInputs
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -205,12 +203,12 @@ def _train_trial(
                 pause(failures)
 
 
-def _pack_task(shared: RunInputs, of_task: tuple[TaskPlan, State], pack: int) -> Iterator[dict[str, float]]:
+def _pack_task(shared: RunInputs, of_task: OfTask, pack: int) -> Iterator[dict[str, float]]:
     from clnp_search.search.trial import TaskInputs, run_pack
 
-    plan, state = of_task
-    points = [plan.points[index] for index in plan.packs[pack]]
-    for training in run_pack(TaskInputs(shared, plan, state), points):
+    inputs = TaskInputs(shared, *of_task)
+    points = [inputs.plan.points[index] for index in inputs.plan.packs[pack]]
+    for training in run_pack(inputs, points):
         yield {"epochs_done": training.epoch, "best_val_accuracy": training.best_val_accuracy}
     # A trial without a result counts as failed; points that had been finished before give none.
     yield {"done": True}

@@ -43,7 +43,7 @@ def scenario(**changes: Any) -> dict[str, Any]:
 
 def test_a_grid_goes_alpha_by_alpha_and_rate_by_rate() -> None:
     sweep = make_sweep(search={"alpha": [1e-6, [1, 2, 3]], "learning_rate": [0.1, 0.2]})
-    assert grid(sweep, None) == (
+    assert grid(sweep, None, ("hidden0", "hidden1", "head")) == (
         Point(0, (1e-6, 1e-6, 1e-6), 0.1),
         Point(1, (1e-6, 1e-6, 1e-6), 0.2),
         Point(2, (1, 2, 3), 0.1),
@@ -52,7 +52,7 @@ def test_a_grid_goes_alpha_by_alpha_and_rate_by_rate() -> None:
 
 
 def test_a_reused_choice_is_a_grid_of_one_point_with_index_zero() -> None:
-    assert grid(make_sweep(), Point(3, (1, 2, 3), 0.2)) == (Point(0, (1, 2, 3), 0.2),)
+    assert grid(make_sweep(), Point(3, (1, 2, 3), 0.2), ()) == (Point(0, (1, 2, 3), 0.2),)
 
 
 # Keys
