@@ -67,12 +67,14 @@ class PackProgress:
     """How far the packs in flight have come, as Tune's results say.
 
     Args:
-        epochs_done: For each pack that has reported, its finished epochs.
-        best_val_accuracy: Of all epochs so far.
+        epochs_done: For each point that has reported, its finished epochs.
+        best: The point that is ahead, by its last epoch, and its validation accuracy; None before the first report.
+        failed: Points of finished packs that are recorded as failed.
     """
 
     epochs_done: dict[int, int]
-    best_val_accuracy: float
+    best: tuple[int, float] | None = None
+    failed: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -399,7 +399,7 @@ def _execute(sweep: Sweep, folder: RunFolder, address: str, as_json: bool) -> No
     from clnp_search.search.cluster import connect
 
     publisher = Publisher(folder, sweep)
-    view = LiveView(err, sweep, folder.read_results())
+    view = LiveView(err, sweep, folder.name, folder.read_results(), publisher.state)
     try:
         # Importing torch, Tune and the data set's library takes about as long as Ray's start: they go side by side.
         with ThreadPoolExecutor(1) as loader, view, publisher:

@@ -13,13 +13,15 @@ from clnp_search.clnp.pack import Features, Pack
 from clnp_search.clnp.scan import Candidate, scan
 from clnp_search.clnp.state import State
 from clnp_search.clnp.training import Training, TrainingSettings
-from clnp_search.records import Point, PointRecord, ScanRecord, TaskPlan
+from clnp_search.records import Epoch, Point, PointRecord, ScanRecord, TaskPlan
 from clnp_search.search.points import pack_name
 from clnp_search.storage import RunFolder
 from clnp_search.tasks import RawData, Task, TaskData
 
 CHECKPOINT_EVERY_S = 20.0
 REPORT_EVERY_S = 0.5
+
+Progress = dict[int, Epoch]  # the last epoch of each point that trains
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class TaskInputs:
         return run.tasks[self.plan.task].data(run.raw, run.validation, run.scaling, run.seed)
 
 
-def run_pack(inputs: TaskInputs, points: Sequence[Point]) -> Iterator[Training]:
+def run_pack(inputs: TaskInputs, points: Sequence[Point]) -> Iterator[Progress]:
     """Gives every point of a pack its record: trained, or failed with the reason; shows the training as it goes.
 
     Raises:
@@ -73,7 +75,7 @@ def run_pack(inputs: TaskInputs, points: Sequence[Point]) -> Iterator[Training]:
                 )
 
 
-def train_pack(inputs: TaskInputs, points: Sequence[Point], notes: tuple[str, ...] = ()) -> Iterator[Training]:
+def train_pack(inputs: TaskInputs, points: Sequence[Point], notes: tuple[str, ...] = ()) -> Iterator[Progress]:
     """Trains a pack's points and writes each one's record and parameters to the run folder.
 
     Goes on from the pack's checkpoint if there is one; points that are recorded already are not written again. If
@@ -95,7 +97,7 @@ def train_pack(inputs: TaskInputs, points: Sequence[Point], notes: tuple[str, ..
         yield from train_pack(inputs, half, (*notes, note))
 
 
-def _train(inputs: TaskInputs, points: Sequence[Point], notes: tuple[str, ...]) -> Iterator[Training]:
+def _train(inputs: TaskInputs, points: Sequence[Point], notes: tuple[str, ...]) -> Iterator[Progress]:
     folder, task, keys = RunFolder(inputs.run.folder), inputs.plan.task, inputs.plan.keys
     missing = [point for point in points if folder.read_point(task, point.name) is None]
     if not missing:
@@ -119,7 +121,7 @@ def _train(inputs: TaskInputs, points: Sequence[Point], notes: tuple[str, ...]) 
             folder.write_checkpoint(task, name, training.to_bytes())
             saved = time.perf_counter()
         if training.finished or time.perf_counter() - reported > REPORT_EVERY_S:
-            yield training
+            yield {point.index: last for point, last in zip(points, training.history[-1], strict=True)}
             reported = time.perf_counter()
     activities, correct = pack.activities(train), pack.num_correct(training.validation)
     finite = pack.finite(activities)

@@ -110,8 +110,7 @@ class _Feed(Searcher):
         self._error: Exception | None = None
         self._waiting: list[int] = []
         self._running: dict[str, int] = {}  # the pack of each trial
-        self._epochs: dict[int, int] = {}
-        self._best = 0.0
+        self._progress, self._accuracies = PackProgress({}), dict[int, float]()
         self._errors: dict[int, str] = {}  # of each pack, the last; Tune may try again
         self._failed: dict[int, str] = {}
         self._advance(None)
@@ -134,13 +133,16 @@ class _Feed(Searcher):
         return {"pack": pack, "inputs": [self._packs.inputs]}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        pack = self._running[trial_id]
-        if "epochs_done" in result:
-            self._epochs[pack] = result["epochs_done"]
-            self._best = max(self._best, result["best_val_accuracy"])
-            self._listen(PackProgress(dict(self._epochs), self._best))
-        elif "error" in result:
-            self._errors[pack] = result["error"]
+        if "error" in result:
+            self._errors[self._running[trial_id]] = result["error"]
+            return
+        self._accuracies |= result.get("accuracies", {})
+        self._progress = PackProgress(
+            self._progress.epochs_done | result.get("epochs_done", {}),
+            max(self._accuracies.items(), key=lambda seen: seen[1], default=None),
+            (*self._progress.failed, *result.get("failed", ())),
+        )
+        self._listen(self._progress)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         pack = self._running.pop(trial_id)
@@ -162,7 +164,8 @@ class _Feed(Searcher):
     def _advance(self, failed: dict[int, str] | None) -> None:
         try:
             self._packs = next(self._program) if failed is None else self._program.send(failed)
-            self._waiting, self._epochs, self._best = list(self._packs.indices), {}, 0.0
+            self._waiting = list(self._packs.indices)
+            self._progress, self._accuracies = PackProgress({}), {}
             self._errors, self._failed = {}, {}
         except StopIteration as end:
             self._result, self.finished = end.value, True
@@ -182,12 +185,18 @@ def _train_trial(config: dict[str, Any], shared: list[ray.ObjectRef], options: d
         raise
 
 
-def _pack_task(shared: RunInputs, of_task: tuple[TaskPlan, State], pack: int) -> Iterator[dict[str, float]]:
+def _pack_task(shared: RunInputs, of_task: tuple[TaskPlan, State], pack: int) -> Iterator[dict[str, Any]]:
     from clnp_search.search.trial import TaskInputs, run_pack
+    from clnp_search.storage import RunFolder
 
     plan, state = of_task
     points = [plan.points[index] for index in plan.packs[pack]]
     for training in run_pack(TaskInputs(shared, plan, state), points):
-        yield {"epochs_done": training.epoch, "best_val_accuracy": training.best_val_accuracy}
-    # A trial without a result counts as failed; points that had been finished before give none.
-    yield {"done": True}
+        yield {
+            "epochs_done": {point: seen.epoch + 1 for point, seen in training.items()},
+            "accuracies": {point: seen.val_accuracy for point, seen in training.items()},
+        }
+    folder = RunFolder(shared.folder)
+    records = [folder.read_point(plan.task, point.name) for point in points]
+    # A trial without a result counts as failed; points that had been finished before give no other.
+    yield {"failed": [record.point.index for record in records if record and record.status == "failed"]}
