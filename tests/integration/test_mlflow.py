@@ -225,13 +225,15 @@ def test_artifacts_of_the_sequence_and_of_its_tasks(finished: RunFolder, sweep: 
     seen = snapshot(sweep)
     assert seen["run"]["artifacts"] == [
         "figures/accuracy.png",
+        "figures/accuracy.svg",
         "figures/units.png",
+        "figures/units.svg",
         "state.safetensors",
         "summary.json",
         "sweep.yaml",
     ]
     curves = ["curves/p001.csv", "curves/p002.csv"]
-    figures = ["figures/sparsity.png", "figures/thresholds.png"]
+    figures = [f"figures/{name}.{kind}" for name in ("sparsity", "thresholds") for kind in ("png", "svg")]
     assert seen["task 1: task-1"]["artifacts"] == [
         *curves,
         *figures,
