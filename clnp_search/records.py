@@ -51,6 +51,7 @@ class TaskPlan:
         points: The grid, in order.
         keys: For each point, the hash of everything that its result depends on.
         packs: For each pack, the indices of its points.
+        started: When that was, in seconds since 1970; 0 if it was not recorded.
     """
 
     task: int
@@ -60,6 +61,7 @@ class TaskPlan:
     keys: tuple[str, ...]
     packs: tuple[tuple[int, ...], ...]
     environment: Environment
+    started: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ class PointRecord:
     Args:
         val_correct: Validation samples that the unpruned network gets right, of `val_total`.
         seconds: The point's share of its pack's training time.
+        started, ended: When its pack was trained, in seconds since 1970; 0 if it was not recorded.
     """
 
     key: str
@@ -105,6 +108,8 @@ class PointRecord:
     seconds: float = 0.0
     reason: str = ""
     notes: tuple[str, ...] = ()
+    started: float = 0.0
+    ended: float = 0.0
 
     @property
     def val_accuracy(self) -> float:
@@ -216,6 +221,7 @@ class TaskResult:
         test_accuracies: Test accuracy of tasks 0..index, all evaluated again after this task.
         digest: SHA-256 of the task's subnetwork.
         state_digest: SHA-256 of the whole state after the task.
+        ended: When it was committed, in seconds since 1970; 0 if it was not recorded.
     """
 
     index: int
@@ -230,6 +236,7 @@ class TaskResult:
     digest: str
     state_digest: str
     seconds: float
+    ended: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -196,6 +196,7 @@ class Runner:
             digest=Subnetwork(after, index).digest,
             state_digest=after.digest,
             seconds=time.perf_counter() - started,
+            ended=time.time(),
         )
         folder.write_result(result)
         return result, after
@@ -220,6 +221,7 @@ class Runner:
             keys=tuple(self._sequence.key(state, index, point) for point in points),
             packs=plan_packs(self._sweep, points, memory, self._cluster.capacity.num_slots, self._cluster.slot_bytes()),
             environment=self._environment(),
+            started=time.time(),
         )
         self._folder.write_plan(plan)
         return plan

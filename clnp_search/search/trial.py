@@ -106,7 +106,7 @@ def _train(inputs: TaskInputs, points: Sequence[Point], notes: tuple[str, ...]) 
     checkpoint = folder.read_checkpoint(task, name)
     if len(missing) < len(points) and checkpoint is None:
         points, notes = missing, (*notes, f"packed apart from {len(points) - len(missing)} points that were finished")
-    started = time.perf_counter()
+    started, began = time.perf_counter(), time.time()
     pack, training, train = _begin(inputs, points)
     if checkpoint is not None:
         try:
@@ -138,6 +138,8 @@ def _train(inputs: TaskInputs, points: Sequence[Point], notes: tuple[str, ...]) 
             epochs=tuple(epoch[position] for epoch in training.history),
             seconds=seconds,
             notes=notes,
+            started=began,
+            ended=time.time(),
         )
         if finite[position]:
             folder.write_point(task, record, pack.point(position, activities))

@@ -79,7 +79,8 @@ class MlflowTracker:
             folder.write_tracking(entries)
         store = self._store = self._store or _Store(self._sweep.tracking.uri, self._sweep.name, entries["key"])
         state, results = (summary.status, summary.tasks) if summary else ("running", ())
-        sequence = store.run("sequence", folder.name, self._tags("sequence"))
+        first = folder.read_plan(0)
+        sequence = store.run("sequence", folder.name, self._tags("sequence"), started=first.started if first else 0.0)
         if not sequence.params:
             store.upload(sequence, {"sweep.yaml": folder.read_sweep().encode()})
             store.log(sequence, [], _settings(self._sweep))
@@ -89,7 +90,7 @@ class MlflowTracker:
         if sequence.status != STATUS[state] or store.missing(sequence, metrics):
             store.upload(sequence, self._artifacts())
             store.log(sequence, metrics, tags={"clnp.status": state})
-            store.set_status(sequence, STATUS[state])
+            store.set_status(sequence, STATUS[state], results[-1].ended if results and state != "failed" else 0.0)
         written = {"key": entries["key"], "experiment_id": store.experiment_id, "runs": store.run_ids}
         if written != entries:
             folder.write_tracking(written)
@@ -103,8 +104,7 @@ class MlflowTracker:
         if plan is None:
             return
         result = results[index] if index < len(results) else None
-        seconds = result.seconds if result else 0.0
-        run = store.run(name, f"task {index}: {plan.name}", self._tags("task", index), sequence, seconds)
+        run = store.run(name, f"task {index}: {plan.name}", self._tags("task", index), sequence, plan.started)
         selection = folder.read_selection(index)
         for point in plan.points:
             self._project_point(store, run, plan, point, selection)
@@ -116,10 +116,11 @@ class MlflowTracker:
         selected = result.selected
         params = {"point": selected.point, "theta": _compact(selected.theta)}
         params |= self._params(selected.alpha, selected.learning_rate)
-        metrics = _swept(params) + self._theta(selected.theta) + _task_metrics(results[: index + 1])
+        values = _swept(params) + self._theta(selected.theta) + _task_metrics(results[: index + 1])
+        metrics = [(key, value, index) for key, value, _ in values]
         note = "\n".join(f"- {reason}" for reason in selection.reasons)
         store.log(run, metrics, params, {"clnp.digest": result.digest, "mlflow.note.content": note})
-        store.set_status(run, "FINISHED")
+        store.set_status(run, "FINISHED", result.ended)
 
     def _project_point(
         self, store: _Store, task: _Run, plan: TaskPlan, point: Point, selection: Selection | None
@@ -134,7 +135,7 @@ class MlflowTracker:
         if record is None:
             return
         title = f"{point.name} alpha={_compact(point.alpha, 'g')} lr={point.learning_rate:g}"
-        run = store.run(name, title, self._tags("point", plan.task), task, record.seconds)
+        run = store.run(name, title, self._tags("point", plan.task), task, record.started or plan.started)
         params = self._params(point.alpha, point.learning_rate)
         metrics = [] if trained else _swept(params) + _training_metrics(record)
         tags = {"clnp.reason": record.reason, "mlflow.note.content": "\n".join(record.notes)}
@@ -148,7 +149,7 @@ class MlflowTracker:
             metrics += _scan_metrics(scan) if scan else []
             metrics += self._theta(scan.theta) if scan and scan.theta else []
         store.log(run, metrics, params, tags)
-        store.set_status(run, "FINISHED" if record.status == "done" else "FAILED")
+        store.set_status(run, "FINISHED" if record.status == "done" else "FAILED", record.ended)
 
     def _tags(self, level: str, task: int | None = None) -> dict[str, str]:
         tags = {"clnp.level": level, "clnp.sequence": self._folder.name}
@@ -209,7 +210,7 @@ def _scan_metrics(scan: ScanRecord) -> Metrics:
 
 
 def _task_metrics(results: Sequence[TaskResult]) -> Metrics:
-    """Of the last of these tasks."""
+    """Of the last of these tasks, at any step."""
     last = results[-1]
     values = _so_far(results) | {
         "val/best_accuracy": last.best_val_accuracy,
@@ -310,12 +311,12 @@ class _Store:
 
     @_tracking()
     def run(
-        self, name: str, title: str, tags: Mapping[str, str], parent: _Run | None = None, seconds: float = 0.0
+        self, name: str, title: str, tags: Mapping[str, str], parent: _Run | None = None, started: float = 0.0
     ) -> _Run:
-        """A run, created if it is not there; its work took `seconds` until now."""
+        """A run, created if it is not there; its work started then, or now."""
         if name not in self._runs:
             own = {**tags, "clnp.key": f"{self._key}/{name}", **({"mlflow.parentRunId": parent.id} if parent else {})}
-            start = int((time.time() - seconds) * 1000)
+            start = _milliseconds(started)
             created = self._client.create_run(self.experiment_id, start_time=start, tags=own, run_name=title)
             self._runs[name] = _Run(created.info.run_id, created.info.status, own, set())
         return self._runs[name]
@@ -339,7 +340,7 @@ class _Store:
         """Logs what the run has not. Tags come last, also within MLflow's requests: they say that all else is there."""
         from mlflow.entities import Metric, Param, RunTag
 
-        new, now = self.missing(run, metrics), int(time.time() * 1000)
+        new, now = self.missing(run, metrics), _milliseconds()
         extra = [Param(key, value) for key, value in (params or {}).items() if key not in run.params]
         marks = [RunTag(key, value) for key, value in (tags or {}).items() if run.tags.get(key) != value]
         for start in range(0, len(new) or bool(extra or marks), BATCH):
@@ -351,13 +352,13 @@ class _Store:
         run.tags |= tags or {}
 
     @_tracking()
-    def set_status(self, run: _Run, status: str) -> None:
-        """Ends the run, or starts it again."""
+    def set_status(self, run: _Run, status: str, ended: float = 0.0) -> None:
+        """Ends the run, whose work ended then, or now; or starts it again."""
         if run.status != status:
             if status == "RUNNING":
                 self._client.update_run(run.id, status)
             else:
-                self._client.set_terminated(run.id, status)
+                self._client.set_terminated(run.id, status, _milliseconds(ended))
             run.status = status
 
     @_tracking()
@@ -369,6 +370,11 @@ class _Store:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(data)
             self._client.log_artifacts(run.id, folder)
+
+
+def _milliseconds(seconds: float = 0.0) -> int:
+    """A time as MLflow counts it; now, if it was not recorded."""
+    return int((seconds or time.time()) * 1000)
 
 
 def _check_reachable(uri: str) -> None:

@@ -198,6 +198,20 @@ def test_curves_are_complete(finished: RunFolder, sweep: Sweep) -> None:
     ]
 
 
+def test_times_are_those_of_the_work_however_late_it_is_logged(finished: RunFolder, sweep: Sweep) -> None:
+    MlflowTracker(finished, sweep).sync()
+    times = {title: (run.info.start_time, run.info.end_time) for title, run in runs_of(sweep).items()}
+    assert times["run"] == (1_000_000, 1_160_000)
+    assert times["task 1: task-1"] == (1_100_000, 1_160_000)
+    assert times["task 1: task-1/p002 alpha=0.001 lr=0.01"] == (1_105_000, 1_115_000)
+
+
+def test_a_tasks_metrics_are_at_its_own_step(finished: RunFolder, sweep: Sweep) -> None:
+    MlflowTracker(finished, sweep).sync()
+    metrics = snapshot(sweep)["task 1: task-1"]["metrics"]
+    assert {step for values in metrics.values() for step, _ in values} == {1}
+
+
 def test_the_choice_is_tagged_and_explained(finished: RunFolder, sweep: Sweep) -> None:
     MlflowTracker(finished, sweep).sync()
     seen = snapshot(sweep)
