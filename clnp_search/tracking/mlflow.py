@@ -23,6 +23,7 @@ from clnp_search.clnp.subnetwork import Subnetwork
 from clnp_search.config import Sweep
 from clnp_search.records import Point, PointRecord, ScanRecord, Selection, Summary, TaskPlan, TaskResult, summarise
 from clnp_search.storage import RunFolder
+from clnp_search.tracking.views import missing_views
 
 # Defaults; what the user's environment says comes first. No blind retries: a request that MLflow's client repeats
 # after a lost answer could create a run twice, while `sync` looks before it writes.
@@ -49,7 +50,6 @@ class MlflowTracker:
 
     def __init__(self, folder: RunFolder, sweep: Sweep) -> None:
         self._folder, self._sweep = folder, sweep
-        self._layers = sweep.architecture(in_features=1).layer_names
         self._store: _Store | None = None
 
     def sync(self, summary: Summary | None = None) -> None:
@@ -105,25 +105,31 @@ class MlflowTracker:
             return
         result = results[index] if index < len(results) else None
         run = store.run(name, f"task {index}: {plan.name}", self._tags("task", index), sequence, plan.started)
-        selection = folder.read_selection(index)
+        selection = folder.read_selection(index) if result else None
         for point in plan.points:
-            self._project_point(store, run, plan, point, selection)
+            self._project_point(store, run, plan, point, selection, tuple(result.units) if result else ())
         if result is None or selection is None:
             store.set_status(run, "FAILED" if failed else "RUNNING")
             return
         subnetwork = Subnetwork(folder.read_state(index), index).to_bytes(".safetensors")
         store.upload(run, self._artifacts(index) | {"subnetwork.safetensors": subnetwork})
         selected = result.selected
-        params = {"point": selected.point, "theta": _compact(selected.theta)}
-        params |= self._params(selected.alpha, selected.learning_rate)
-        values = _swept(params) + self._theta(selected.theta) + _task_metrics(results[: index + 1])
+        params = {"point": selected.point} | _params(selected.alpha, selected.learning_rate)
+        values = _swept(selected.alpha, selected.learning_rate) + _theta(selected.theta, tuple(result.units))
+        values += _task_metrics(results[: index + 1])
         metrics = [(key, value, index) for key, value, _ in values]
         note = "\n".join(f"- {reason}" for reason in selection.reasons)
         store.log(run, metrics, params, {"clnp.digest": result.digest, "mlflow.note.content": note})
         store.set_status(run, "FINISHED", result.ended)
 
     def _project_point(
-        self, store: _Store, task: _Run, plan: TaskPlan, point: Point, selection: Selection | None
+        self,
+        store: _Store,
+        task: _Run,
+        plan: TaskPlan,
+        point: Point,
+        selection: Selection | None,
+        groups: Sequence[str],
     ) -> None:
         """Logs a point in two steps: its training once it is recorded, its scan once the task has chosen."""
         name, folder = f"{plan.task:03d}/{point.name}", self._folder
@@ -136,8 +142,8 @@ class MlflowTracker:
             return
         title = f"{point.name} alpha={_compact(point.alpha, 'g')} lr={point.learning_rate:g}"
         run = store.run(name, title, self._tags("point", plan.task), task, record.started or plan.started)
-        params = self._params(point.alpha, point.learning_rate)
-        metrics = [] if trained else _swept(params) + _training_metrics(record)
+        params = _params(point.alpha, point.learning_rate)
+        metrics = [] if trained else _swept(point.alpha, point.learning_rate) + _training_metrics(record)
         tags = {"clnp.reason": record.reason, "mlflow.note.content": "\n".join(record.notes)}
         tags = {key: text for key, text in tags.items() if text}
         if selection is not None:
@@ -147,22 +153,13 @@ class MlflowTracker:
                 folder.read_scan(plan.task, point.index, fingerprint) if point.index in selection.candidates else None
             )
             metrics += _scan_metrics(scan) if scan else []
-            metrics += self._theta(scan.theta) if scan and scan.theta else []
+            metrics += _theta(scan.theta, groups) if scan and scan.theta else []
         store.log(run, metrics, params, tags)
         store.set_status(run, "FINISHED" if record.status == "done" else "FAILED", record.ended)
 
     def _tags(self, level: str, task: int | None = None) -> dict[str, str]:
         tags = {"clnp.level": level, "clnp.sequence": self._folder.name}
         return tags if task is None else tags | {"clnp.task": str(task)}
-
-    def _params(self, alpha: tuple[float, ...], learning_rate: float) -> dict[str, str]:
-        each = {f"alpha.{layer}": str(value) for layer, value in zip((*self._layers, "head"), alpha, strict=True)}
-        return {"alpha": _compact(alpha), **each, "learning_rate": str(learning_rate)}
-
-    def _theta(self, theta: tuple[float, ...]) -> Metrics:
-        if len(set(theta)) == 1:
-            return [("prune/theta", theta[0], 0)]
-        return [(f"prune/theta.{layer}", value, 0) for layer, value in zip(self._layers, theta, strict=True)]
 
     def _artifacts(self, task: int | None = None) -> dict[str, bytes]:
         return {name: self._folder.read(path) for name, path in self._folder.artifacts(task).items()}
@@ -180,13 +177,20 @@ def _settings(sweep: Sweep) -> dict[str, str]:
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in flat.items()}
 
 
-def _swept(params: Mapping[str, str]) -> Metrics:
+def _params(alpha: tuple[float, ...], learning_rate: float) -> dict[str, str]:
+    return {"alpha": _compact(alpha), "learning_rate": str(learning_rate)}
+
+
+def _swept(alpha: tuple[float, ...], learning_rate: float) -> Metrics:
     """Swept values once more as metrics, because params sort as text; alpha as the mean over the layers."""
-    numbers = {key: json.loads(text) for key, text in params.items() if key.startswith(("alpha", "learning_rate"))}
-    return [
-        (f"hp/{key}", statistics.fmean(value) if isinstance(value, list) else value, 0)
-        for key, value in numbers.items()
-    ]
+    return [("hp/alpha", statistics.fmean(alpha), 0), ("hp/learning_rate", learning_rate, 0)]
+
+
+def _theta(theta: tuple[float, ...], groups: Sequence[str]) -> Metrics:
+    """One threshold if all are equal, else each group's."""
+    if len(set(theta)) == 1:
+        return [("prune/theta", theta[0], 0)]
+    return [(f"prune/theta.{group}", value, 0) for group, value in zip(groups, theta, strict=True)]
 
 
 def _training_metrics(record: PointRecord) -> Metrics:
@@ -231,9 +235,12 @@ def _sequence_metrics(results: Sequence[TaskResult]) -> Metrics:
 def _so_far(results: Sequence[TaskResult]) -> dict[str, float]:
     summary = summarise("", "running", 0, "", tuple(results))
     values = {"test/average_accuracy": summary.average_test_accuracy, "test/forgetting": summary.max_forgetting}
-    for layer, units in results[-1].units.items():
-        counts = {"active": units.active, "new": units.new, "free": units.free}
-        values |= {f"capacity/{layer}/{kind}": float(count) for kind, count in counts.items()}
+    groups = results[-1].units
+    values["capacity/free"] = sum(units.free for units in groups.values())
+    values["capacity/new"] = sum(units.new for units in groups.values())
+    values["capacity/scarcest"] = min(units.free / units.total for units in groups.values())
+    for group, units in groups.items():
+        values |= {f"capacity/new.{group}": units.new, f"capacity/free.{group}": units.free}
     return values
 
 
@@ -289,6 +296,8 @@ class _Store:
         found = self._client.get_experiment_by_name(experiment)
         location = _artifact_location(uri, experiment)
         self.experiment_id = found.experiment_id if found else self._client.create_experiment(experiment, location)
+        for tag, view in missing_views(found.tags if found else {}, _milliseconds()).items():
+            self._client.set_experiment_tag(self.experiment_id, tag, view)
         self._runs: dict[str, _Run] = {}
         token: str | None = ""
         while token is not None:
@@ -345,7 +354,8 @@ class _Store:
         marks = [RunTag(key, value) for key, value in (tags or {}).items() if run.tags.get(key) != value]
         for start in range(0, len(new) or bool(extra or marks), BATCH):
             batch, last = new[start : start + BATCH], start + BATCH >= len(new)
-            values = [Metric(key, value, now, step) for key, value, step in batch]
+            # No more digits than a float32 has: MLflow's tables show all that there are.
+            values = [Metric(key, float(f"{value:.7g}"), now, step) for key, value, step in batch]
             self._client.log_batch(run.id, values, extra if last else [], marks if last else [])
             run.logged |= {(key, step) for key, _, step in batch}
         run.params |= {param.key for param in extra}
