@@ -14,13 +14,14 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
-from clnp_search.records import CurveStep, Selection, TaskResult, Units
+from clnp_search.records import CurveStep, Selection, TaskResult, Units, summarise
 from clnp_search.report.figures import (
     CHOSEN,
     MAX_ALPHAS,
     accuracy_against_sparsity,
     accuracy_matrix,
     draw_run,
+    runs_compared,
     threshold_curves,
     to_png,
     to_svg,
@@ -241,6 +242,16 @@ def test_sparsity_figure_tells_alphas_by_colour_and_learning_rates_by_marker() -
     assert texts[:3] == ["α = 1e-6", "α = 1e-5", "α = 1e-3"]  # 1e-4 is the chosen one's, which has a colour of its own
     assert texts[3:5] == ["lr = 0.001", "lr = 0.002"]
     assert texts[-1] == "chosen: p002\nα = 1e-4\nlr = 0.001"
+
+
+def test_runs_are_compared_by_their_last_accuracies_and_by_what_they_leave_free() -> None:
+    runs = [summarise(name, "complete", 0, "", tuple(tasks(number))) for name, number in (("long", 3), ("short", 1))]
+    figure = runs_compared(runs)
+    accuracy, free = figure.axes
+    assert [list(np.asarray(line.get_ydata())) for line in accuracy.lines] == [[0.902, 0.912, 0.922], [0.9]]
+    assert [path_of(line)[-1] for line in free.lines] == [(2, pytest.approx(0.8)), (0, pytest.approx(280 / 300))]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["long: 91.20", "short: 90.00"]
+    assert len({(line.get_color(), line.get_marker()) for line in accuracy.lines}) == 2
 
 
 def test_drawing_leaves_the_callers_style_alone() -> None:

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from typer.exceptions import TyperException
 
+from clnp_search.cli.report import report
 from clnp_search.errors import InputError, Interrupted
 
 if TYPE_CHECKING:
@@ -318,6 +319,9 @@ def export(
         out.print(
             f"{out_file}: task {task}, {len(data)} bytes; takes raw float32 samples (batch x {shape}), gives logits"
         )
+
+
+app.command()(report)
 
 
 @app.command()

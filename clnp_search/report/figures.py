@@ -33,6 +33,7 @@ P = ParamSpec("P")
 
 INK, MUTED, FREE = "#222222", "#767676", "#e4e4e4"
 CHOSEN = "#d55e00"  # Okabe and Ito's vermillion; nothing else is of that colour
+RUNS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#222222")  # Okabe and Ito's other colours
 MARKERS = "osD^vP*X"
 PERCENT = FuncFormatter(lambda value, _: f"{100 * value:.6g}")
 DPI = 160
@@ -181,6 +182,31 @@ def units_grown(run: str, tasks: Sequence[TaskResult]) -> Figure:
     patches = [Patch(color=colour, label=label) for colour, label in zip(colours, labels, strict=True)]
     figure.legend(handles=patches, title="task", loc="outside right center", ncols=columns, handlelength=1.0)
     return figure
+
+
+@_styled
+def runs_compared(runs: Sequence[Summary]) -> Figure:
+    """Test accuracy of every task after the last one, for each run (paper, figure 3a), and units that stay free."""
+    figure = Figure(figsize=(7.2, 4.8 if len(runs) < 12 else 0.4 * len(runs)), dpi=DPI)
+    accuracy, free = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    for index, run in enumerate(runs):
+        style: dict[str, Any] = {"color": RUNS[index % len(RUNS)], "marker": MARKERS[index % len(MARKERS)]}
+        label = f"{run.name}: {100 * run.average_test_accuracy:.2f}"
+        accuracy.plot(run.tasks[-1].test_accuracies, **style, label=label, clip_on=False)
+        shares = [1 - sum(each.active for each in result.units.values()) / _total(result) for result in run.tasks]
+        free.plot(shares, **style, clip_on=False)
+    accuracy.set(title="Test accuracy (%) of each task after the last one")
+    free.set(title="Free units (%) after each task", xlabel="task", ylim=(0, 1))
+    free.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axes in (accuracy, free):
+        axes.yaxis.set_major_formatter(PERCENT)
+        axes.grid(axis="y")
+    figure.legend(loc="outside right upper", title="run: average")
+    return figure
+
+
+def _total(result: TaskResult) -> int:
+    return sum(units.total for units in result.units.values())
 
 
 @_styled
