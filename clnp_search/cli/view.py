@@ -166,9 +166,11 @@ class LiveView(Listener):
         return f"best validation accuracy {best[1]:.2%} by {point.name} ({settings})"
 
     def _failed(self) -> str:
-        recorded = (index for index, record in self._records.items() if record.status == "failed")
-        failed = sorted({*recorded, *self._progress.failed})
-        return f"{_count(len(failed), 'point')}: {_some([f'p{point:03d}' for point in failed])}" if failed else ""
+        recorded = {index for index, record in self._records.items() if record.status == "failed"}
+        failed = recorded | set(self._progress.failed)
+        if not failed or self._plan is None:
+            return ""
+        return f"{_count(len(failed), 'point')}: {_some([self._plan.points[index].name for index in sorted(failed)])}"
 
     def _left(self, before: str = "") -> str:
         """What the whole sequence will still take, by the pace of this task, or of the last one as long as need be."""
