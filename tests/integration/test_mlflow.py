@@ -19,6 +19,7 @@ from browser import Grid, page
 from builders import make_sweep, write_run
 from mlflow import MlflowClient
 
+from clnp_search.cli.publisher import Publisher
 from clnp_search.clnp.subnetwork import Subnetwork
 from clnp_search.config import Sweep, TrackingConfig
 from clnp_search.records import summarise
@@ -487,6 +488,17 @@ def test_a_view_that_its_users_changed_stays_as_it_is(finished: RunFolder, sweep
     tags = client.get_experiment(experiment.experiment_id).tags
     assert tags[f"{views.TAG}{views.POINTS}"] == "changed"
     assert {f"{views.TAG}{view}" for view in VIEWS} <= tags.keys()
+
+
+def test_the_publisher_says_how_mlflow_is_doing(finished: RunFolder, sweep: Sweep) -> None:
+    def state(uri: str) -> str:
+        with Publisher(finished, at(sweep, uri)) as publisher:
+            publisher.points_finished([])
+        return publisher.state()
+
+    assert state(f"http://127.0.0.1:{free_port()}").startswith("behind: TrackingUnavailable: ")
+    assert state(sweep.tracking.uri) == "up to date"
+    assert state("none") == ""
 
 
 def test_a_server_that_never_answers_is_given_up(
