@@ -209,6 +209,10 @@ def test_every_figure_names_its_run() -> None:
         accuracy_against_sparsity("my-run", "Task 0", RECORDS, SCANS, CHOICE),
     ):
         assert figure.get_suptitle() == "my-run"
+    figure = accuracy_matrix("a-name-of-a-hundred-characters-" * 4, tasks(2))
+    figure.draw_without_rendering()
+    [name] = [text for text in figure.texts if text.get_text().startswith("a-name")]
+    assert name.get_window_extent().x1 < figure.bbox.x1
 
 
 def test_threshold_curves_look_closely_at_the_margin() -> None:

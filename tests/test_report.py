@@ -69,7 +69,9 @@ def test_the_tables_hold_the_same_as_csv(both: Report) -> None:
 
 def test_runs_of_one_name_are_told_apart_by_where_they_are(tmp_path: Path) -> None:
     folders = [make_run(tmp_path / place, "run", 1) for place in ("here", "there")]
-    assert [row["run"] for row in rows(report(folders), "runs")] == [folder.uri for folder in folders]
+    written = report(folders)
+    assert [row["run"] for row in rows(written, "runs")] == [folder.uri for folder in folders]
+    assert written.html.count("--name run") == 2
 
 
 def test_a_subnetwork_that_changed_is_said_to_be_different(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
+from textwrap import fill
 from typing import Any, ParamSpec
 
 import matplotlib
@@ -191,7 +192,7 @@ def runs_compared(runs: Sequence[Summary]) -> Figure:
     accuracy, free = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     for index, run in enumerate(runs):
         style: dict[str, Any] = {"color": RUNS[index % len(RUNS)], "marker": MARKERS[index % len(MARKERS)]}
-        label = f"{run.name}: {100 * run.average_test_accuracy:.2f}"
+        label = fill(f"{run.name}: {100 * run.average_test_accuracy:.2f}", 24)
         accuracy.plot(run.tasks[-1].test_accuracies, **style, label=label, clip_on=False)
         shares = [1 - sum(each.active for each in result.units.values()) / _total(result) for result in run.tasks]
         free.plot(shares, **style, clip_on=False)
@@ -369,7 +370,8 @@ class _Task:
 def _figure(run: str, width: float, height: float) -> Figure:
     """An empty figure that says of which run it is."""
     figure = Figure(figsize=(width, height), dpi=DPI)
-    figure.suptitle(run, x=0.02, ha="left", size=8, color=MUTED)
+    room = int(13 * width)  # characters of that size
+    figure.suptitle(run if len(run) <= room else f"{run[: room - 1]}…", x=0.02, ha="left", size=8, color=MUTED)
     return figure
 
 

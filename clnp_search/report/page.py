@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from typing import Any
@@ -65,7 +65,7 @@ class _Run:
         summary = folder.read_summary()
         if summary is None or not summary.tasks:
             raise InputError(f"{folder.uri}: no task is committed yet, so there is nothing to report")
-        self.name, self.summary, self._folder = name, summary, folder
+        self.name, self.folder, self.summary = name, folder, replace(summary, name=name)
         self.sweep: Sweep = sweep_of(folder)
         self.sweep_text = folder.read_sweep()
         last = summary.tasks[-1].units
@@ -90,8 +90,8 @@ class _Run:
         """Each task: its result, why its point was chosen, its figures."""
         shown = []
         for result in self.summary.tasks:
-            selection = self._folder.read_selection(result.index)
-            figures = draw_task(self._folder, self.name, result)
+            selection = self.folder.read_selection(result.index)
+            figures = draw_task(self.folder, self.name, result)
             shown.append(
                 {
                     "result": result,
@@ -109,7 +109,7 @@ class _Run:
     @property
     def certificate(self) -> list[tuple[TaskResult, str]]:
         """Each task, and the digest of its subnetwork in the latest state."""
-        state = self._folder.read_state(len(self.summary.tasks) - 1)
+        state = self.folder.read_state(len(self.summary.tasks) - 1)
         return [(result, Subnetwork(state, result.index).digest) for result in self.summary.tasks]
 
     def row(self) -> Row:
@@ -170,7 +170,7 @@ class _Run:
             for group, units in result.units.items()
         ]
 
-    def _svg(self, draw: Any, name: str) -> str:
+    def _svg(self, draw: Callable[[str, Sequence[TaskResult]], Figure], name: str) -> str:
         return _inline(draw(self.name, self.summary.tasks), f"{self.name}-{name}")
 
 
