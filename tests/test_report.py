@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from browser import page
 from builders import make_sweep, write_run
+from command_line import Cli
 
 from clnp_search.errors import InputError
 from clnp_search.report.page import Report, report
@@ -85,6 +86,16 @@ def test_a_subnetwork_that_changed_is_said_to_be_different(tmp_path: Path) -> No
 def test_a_run_without_a_committed_task_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no task is committed yet"):
         report([make_run(tmp_path, "empty", 0)])
+
+
+def test_the_command_names_what_it_has_written(tmp_path: Path) -> None:
+    make_run(tmp_path / "runs", "run", 1)
+    cli = Cli(tmp_path)
+    written = cli.json("report", "run", "--out", "page.html")
+    assert written["page"] == "page.html"
+    assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
+    assert (tmp_path / written["tables"]["units"]).read_text().startswith("run,after_task,group")
+    assert "no/page.html" in cli("report", "run", "--out", "no/page.html", status=2).stderr
 
 
 @pytest.mark.parametrize("width", [1280, 500])
