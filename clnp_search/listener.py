@@ -10,8 +10,8 @@ from clnp_search.records import PackProgress, PointRecord, Summary, TaskPlan
 class Listener:
     """What is told how a sequence goes on; each method may be left as it is."""
 
-    def task_planned(self, plan: TaskPlan, finished_points: int) -> None:
-        """A task's grid is decided; some of its points may be finished already."""
+    def task_planned(self, plan: TaskPlan, finished: Sequence[PointRecord]) -> None:
+        """A task's grid is decided; some of its points may be recorded already."""
 
     def training(self, progress: PackProgress) -> None:
         """Packs in flight have reported."""

@@ -52,8 +52,9 @@ class TaskPlan:
         keys: For each point, the hash of everything that its result depends on.
         packs: For each pack, the indices of its points.
         settings: The sweep's settings that decide the task's results and choice (`Sweep.settings`).
-        data_digest: SHA-256 of the data set.
+        data_digest: SHA-256 of the task's data.
         numerics: The `NUMERICS` of the code that the points are trained with.
+        started: When that was, in seconds since 1970; 0 if it was not recorded.
     """
 
     task: int
@@ -66,6 +67,7 @@ class TaskPlan:
     settings: dict[str, Any] = field(default_factory=dict)
     data_digest: str = ""
     numerics: int = 0
+    started: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -97,12 +99,14 @@ class PackProgress:
     """How far the packs in flight have come, as Tune's results say.
 
     Args:
-        epochs_done: For each pack that has reported, its finished epochs.
-        best_val_accuracy: Of all epochs so far.
+        epochs_done: For each point that has reported, its finished epochs.
+        best: The point that is ahead, by its last epoch, and its validation accuracy; None before the first report.
+        failed: Points of finished packs that are recorded as failed.
     """
 
     epochs_done: dict[int, int]
-    best_val_accuracy: float
+    best: tuple[int, float] | None = None
+    failed: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,7 @@ class PointRecord:
         val_correct: Validation samples that the unpruned network gets right, of `val_total`.
         seconds: The point's share of its pack's training time.
         parameters_sha256: Of the file of its parameters; empty if it failed.
+        started, ended: When its pack was trained, in seconds since 1970; 0 if it was not recorded.
     """
 
     key: str
@@ -135,6 +140,8 @@ class PointRecord:
     reason: str = ""
     notes: tuple[str, ...] = ()
     parameters_sha256: str = ""
+    started: float = 0.0
+    ended: float = 0.0
 
     @property
     def val_accuracy(self) -> float:
@@ -258,6 +265,7 @@ class TaskResult:
         digest: SHA-256 of the task's subnetwork.
         state_digest: SHA-256 of the whole state after the task.
         state_sha256: SHA-256 of the file that holds it.
+        ended: When it was committed, in seconds since 1970; 0 if it was not recorded.
     """
 
     index: int
@@ -273,6 +281,7 @@ class TaskResult:
     state_digest: str
     seconds: float
     state_sha256: str = ""
+    ended: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -271,6 +271,7 @@ class Runner:
             state_digest=after.digest,
             state_sha256=state_sha256,
             seconds=time.perf_counter() - started,
+            ended=time.time(),
         )
         folder.write_result(result)
         return result, after
@@ -294,6 +295,7 @@ class Runner:
             settings=self._sweep.settings,
             data_digest=self._sequence.data_digest(index),
             numerics=NUMERICS,
+            started=time.time(),
         )
         self._folder.write_plan(plan)
         return plan
@@ -318,9 +320,10 @@ class Runner:
         from clnp_search.search.tuning import Packs  # not above: most commands do without Tune, whose import is slow
 
         folder = self._folder
-        recorded = {point.index for point in plan.points if self._is_recorded(plan, point)}
+        finished = [record for point in plan.points if (record := self._recorded(plan, point)) is not None]
+        recorded = {record.point.index for record in finished}
         for listener in self._listeners:
-            listener.task_planned(plan, len(recorded))
+            listener.task_planned(plan, finished)
         missing = tuple(index for index, pack in enumerate(plan.packs) if not recorded.issuperset(pack))
         if missing:
             yield Packs(plan.task, missing, inputs)
@@ -331,11 +334,11 @@ class Runner:
             listener.points_finished(records)
         return records
 
-    def _is_recorded(self, plan: TaskPlan, point: Point) -> bool:
+    def _recorded(self, plan: TaskPlan, point: Point) -> PointRecord | None:
         record = self._folder.read_point(plan.task, point.name)
         if record is not None and record.key != plan.keys[point.index]:
             raise InputError(f"{self._folder.uri}: task {plan.task}, {point.name}: the record is of another point")
-        return record is not None
+        return record
 
     def _training(self, progress: PackProgress) -> None:
         for listener in self._listeners:

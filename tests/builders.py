@@ -227,7 +227,9 @@ def write_run(folder: RunFolder, sweep: Sweep, num_tasks: int = 2) -> Iterator[s
     for task in range(num_tasks):
         keys = tuple(f"{task}-{point.name}" for point in points)
         environment = Environment("cpu", 1, "float32", "2.15", "0.1")
-        folder.write_plan(TaskPlan(task, f"task-{task}", state.digest, points, keys, (), environment))
+        folder.write_plan(
+            TaskPlan(task, f"task-{task}", state.digest, points, keys, (), environment, 1000.0 + 100 * task)
+        )
         yield f"planned {task}"
         records = []
         for point in points:
@@ -237,7 +239,9 @@ def write_run(folder: RunFolder, sweep: Sweep, num_tasks: int = 2) -> Iterator[s
                 record, trained = PointRecord(keys[-1], point, "failed", 0, 0, epochs[:1], 0.5, "diverged"), None
             else:
                 correct = 5000 if point.index == 0 else 9700 + point.index
-                record = PointRecord(keys[point.index], point, "done", correct, 10000, epochs, 2.5)
+                started, ended = 1005.0 + 100 * task, 1015.0 + 100 * task
+                times = {"seconds": 2.5, "started": started, "ended": ended}
+                record = PointRecord(keys[point.index], point, "done", correct, 10000, epochs, **times)
             folder.write_point(task, record, trained)
             written = folder.read_point(task, point.name)
             assert written is not None
@@ -285,6 +289,8 @@ def write_run(folder: RunFolder, sweep: Sweep, num_tasks: int = 2) -> Iterator[s
             digest=Subnetwork(state, task).digest,
             state_digest=state.digest,
             state_sha256=state_sha256,
+            seconds=60.0,
+            ended=1060.0 + 100 * task,
         )
         folder.write_result(result)
         results = (*results, result)

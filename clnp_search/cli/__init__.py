@@ -35,6 +35,7 @@ from clnp_search.cli.options import (
     located,
     open_named,
 )
+from clnp_search.cli.report import report
 from clnp_search.cli.runs import failed_points, print_failed, status
 from clnp_search.cli.server import ui
 from clnp_search.cli.sweeps import plan, schema
@@ -170,7 +171,7 @@ def submit(
         raise typer.Exit(FAILED)
 
 
-for command in (run, resume, plan, status, verify, evaluate, export, submit, ui, schema):
+for command in (run, resume, plan, status, verify, evaluate, export, report, submit, ui, schema):
     app.command()(command)
 
 
@@ -183,7 +184,7 @@ def _execute(sweep: Sweep, folder: RunFolder, address: str, as_json: bool, retry
     begun = folder.exists("sweep.yaml")
     publisher = Publisher(folder, sweep)
     lease = Lease(folder, _interrupt_main)
-    view = LiveView(err, sweep, folder.read_results())
+    view = LiveView(err, sweep, folder.name, folder.read_results(), publisher.state)
     try:
         # Importing torch, Tune and the data set's library takes about as long as Ray's start: they go side by side.
         with ExitStack() as held, view:

@@ -31,7 +31,8 @@ class Publisher(Listener):
     """
 
     def __init__(self, folder: RunFolder, sweep: Sweep) -> None:
-        self.unavailable = ""
+        self.unavailable = ""  # or why the last projection was not written
+        self._busy = False
         self._folder, self._sweep = folder, sweep
         self._events: queue.SimpleQueue[Summary | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="publisher", daemon=True)
@@ -49,7 +50,15 @@ class Publisher(Listener):
         self._events.put(None)
         self._thread.join()
 
-    def task_planned(self, plan: TaskPlan, finished_points: int) -> None:
+    def state(self) -> str:
+        """How MLflow is doing, in words; nothing if runs are not logged."""
+        if self.unavailable:
+            return f"behind: {self.unavailable}"
+        if self._sweep.tracking.uri == "none":
+            return ""
+        return "being written" if self._busy or not self._events.empty() else "up to date"
+
+    def task_planned(self, plan: TaskPlan, finished: Sequence[PointRecord]) -> None:
         """Opens the task's run, so that it is seen from the start."""
         self._events.put(self._folder.read_summary())
 
@@ -70,6 +79,7 @@ class Publisher(Listener):
             from clnp_search.report.figures import draw_run
             from clnp_search.tracking.mlflow import MlflowTracker
 
+            self._busy = True
             try:
                 if summary.tasks:
                     draw_run(self._folder, summary)
@@ -80,6 +90,7 @@ class Publisher(Listener):
             except Exception as error:  # whatever it is, the search goes on and the run folder keeps the records
                 self.unavailable = f"{type(error).__name__}: {error}"
                 logger.debug("not published", exc_info=True)
+            self._busy = False
 
     def _newest(self) -> Summary | None:
         """The last event that waits: a projection of it includes those before. None is the end and comes last."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 
 from rich.box import SIMPLE_HEAD
@@ -18,31 +19,49 @@ from clnp_search.listener import Listener
 from clnp_search.records import PackProgress, PointRecord, Summary, TaskPlan, TaskResult, Units
 
 LINE_EVERY_S = 60.0
+SCARCE = 0.05  # of a group's units: with fewer free ones it is nearly full
+MAX_GROUPS = 4  # that are shown one by one
+LABEL_WIDTH, BAR_WIDTH, TEXT_WIDTH = 16, 40, 42  # at most; a bar has what the others leave of the terminal
+BEHIND = "behind"  # how a state of MLflow begins that is to worry about
 
 
 class LiveView(Listener):
-    """Task, points done, best validation accuracy, capacity of each layer, time: live on a terminal, else in lines.
+    """How far the sequence and its task are, the best point, what failed, what is free: live, or in lines elsewhere.
 
     Args:
+        name: The run's.
         results: Tasks that are committed as the run starts.
+        tracking: Says how MLflow is doing; nothing if there is nothing to say.
     """
 
-    def __init__(self, console: Console, sweep: Sweep, results: Sequence[TaskResult]) -> None:
-        self._console, self._sweep = console, sweep
-        self._units: dict[str, Units] = results[-1].units if results else {}
+    def __init__(
+        self,
+        console: Console,
+        sweep: Sweep,
+        name: str,
+        results: Sequence[TaskResult],
+        tracking: Callable[[], str] = lambda: "",
+    ) -> None:
+        self._console, self._sweep, self._name, self._tracking = console, sweep, name, tracking
+        self._units: Mapping[str, Units] = results[-1].units if results else {}
         self._tasks_done = len(results)
-        self._plan: TaskPlan | None = None
-        self._finished_points = 0
-        self._share = 0.0
-        self._best = 0.0
+        self._point_s = results[-1].seconds / results[-1].points if results else None  # what one of the last task took
         self._stage = "starting Ray"
-        self._point_s: float | None = None  # what a point of the last task took
+        self._plan: TaskPlan | None = None
+        self._records: dict[int, PointRecord] = {}  # of this task, by point, as far as they are known here
+        self._progress = PackProgress({})
         self._started = self._task_started = self._line_at = time.monotonic()
+        self._share_before = 0.0  # of the task's training, when it began here
+        self._tracking_said = ""
         self._live = Live(get_renderable=self._render, console=console, refresh_per_second=4, transient=True)
 
     def __enter__(self) -> LiveView:
         if self._console.is_terminal:
             self._live.start()
+        done = f", {self._tasks_done} done" if self._tasks_done else ""
+        self._line(
+            f"{self._name}: {_count(self._num_tasks, 'task')} of {self._sweep.scenario.name}{done}; {self._stage}"
+        )
         return self
 
     def __exit__(
@@ -50,108 +69,223 @@ class LiveView(Listener):
     ) -> None:
         self._live.stop()
 
-    def task_planned(self, plan: TaskPlan, finished_points: int) -> None:
+    def task_planned(self, plan: TaskPlan, finished: Sequence[PointRecord]) -> None:
         """Shows the task."""
-        self._plan, self._finished_points = plan, finished_points
-        self._share, self._best = finished_points / len(plan.points), 0.0
-        self._task_started = time.monotonic()
-        self._stage = "training"
-        note = f", {finished_points} of them finished before" if finished_points else ""
-        self._line(f"{self._title()}: {len(plan.points)} points in {len(plan.packs)} packs{note}")
+        self._plan, self._stage, self._task_started = plan, "training", time.monotonic()
+        self._records, self._progress = {record.point.index: record for record in finished}, PackProgress({})
+        self._share_before = self._share()
+        note = f", {len(finished)} of them finished before" if finished else ""
+        points, packs = _count(len(plan.points), "point"), _count(len(plan.packs), "pack")
+        self._line(f"{self._task()} ({plan.name}): {points} in {packs}{note}{self._left('; ')}")
+        self._say_tracking()
 
     def training(self, progress: PackProgress) -> None:
-        """Moves the bar."""
-        assert self._plan is not None
-        points = sum(
-            len(self._plan.packs[pack]) * epochs / self._sweep.training.epochs
-            for pack, epochs in progress.epochs_done.items()
-        )
-        self._share = min(1.0, (self._finished_points + points) / len(self._plan.points))
-        self._best = max(self._best, progress.best_val_accuracy)
+        """Moves the bars."""
+        self._progress = progress
         if time.monotonic() - self._line_at > LINE_EVERY_S:
-            self._line(
-                f"{self._title()}: {self._share:.0%} of the training, best validation accuracy {self._best:.2%}, "
-                f"remaining {self._remaining()}"
-            )
+            self._line("; ".join(filter(None, (f"{self._task()}: {self._trained()}", self._best(), self._left()))))
 
     def points_finished(self, records: Sequence[PointRecord]) -> None:
         """Shows that the threshold scans begin."""
-        self._stage, self._share = "scanning thresholds", 1.0
-        self._best = max(record.val_accuracy for record in records)
-        failed = [record for record in records if record.status == "failed"]
-        for record in failed:
-            self._line(f"{self._title()}: {record.point.name} failed: {record.reason}")
-        self._line(f"{self._title()}: best validation accuracy {self._best:.2%}; scanning thresholds")
+        self._records, self._stage = {record.point.index: record for record in records}, "scanning thresholds"
+        for record in records:
+            if record.status == "failed":
+                self._line(f"{self._task()}: {record.point.name} failed: {record.reason}", "✗", "red")
+        self._line(f"{self._task()}: {self._stage}; {self._best()}")
 
     def scanned(self, done: int, total: int) -> None:
         """Counts the scans."""
         self._stage = f"scanning thresholds, {done} of {total}"
 
     def committed(self, summary: Summary, seconds: float) -> None:
-        """Shows what the task chose."""
+        """Shows what the task chose, and which units become scarce."""
         result = summary.tasks[-1]
         self._point_s = seconds / result.points
         self._units, self._tasks_done = result.units, len(summary.tasks)
-        grown = ", ".join(f"{name} +{units.new} ({units.free} free)" for name, units in result.units.items())
-        line = (
-            f"{self._title()}: {result.selected.point} kept, "
-            f"test accuracy {result.test_accuracy:.2%}; {grown}; {_duration(seconds)}"
+        self._line(
+            f"{self._task()}: {result.selected.point} kept, test accuracy {result.test_accuracy:.2%}, "
+            f"{_free(_all(result.units))}, {_duration(seconds)}",
+            "✓",
+            "green",
         )
-        if self._console.is_terminal:
-            self._console.print(f"[green]✓[/] {line}", highlight=False)
-        else:
-            self._line(line)
+        scarce = [
+            f"{name} {units.free} of {units.total}" for name, units in _scarcest(result.units) if _is_scarce(units)
+        ]
+        if scarce:
+            self._line(f"{self._task()}: less than {SCARCE:.0%} free: {_some(scarce)}", "!", "yellow")
+        self._say_tracking()
 
-    def _line(self, text: str) -> None:
+    def _line(self, text: str, mark: str = "", style: str = "") -> None:
+        """Prints a line that stays; on a terminal, where all else is live, only one with a mark."""
         self._line_at = time.monotonic()
         if not self._console.is_terminal:
-            self._console.print(text, highlight=False, soft_wrap=True)
+            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        elif mark:
+            self._console.print(Text.assemble((mark, style), " ", text))
 
-    def _title(self) -> str:
-        assert self._plan is not None
-        of_all = f" of {self._sweep.scenario.tasks}" if self._sweep.scenario.tasks else ""
-        return f"task {self._plan.task}{of_all} ({self._plan.name})"
+    def _say_tracking(self) -> None:
+        """Prints how MLflow is doing when that is something new to worry about."""
+        said, self._tracking_said = self._tracking_said, self._tracking()
+        if self._tracking_said.startswith(BEHIND) and self._tracking_said != said:
+            self._line(f"MLflow is {self._tracking_said}", "!", "yellow")
 
-    def _remaining(self) -> str:
-        """By the pace of the last task, or of this one if it is the first."""
+    # What is shown, as text
+
+    @property
+    def _num_tasks(self) -> int:
+        """Of the sequence; a user's own may be as long as it likes, and then at least one task is left."""
+        return self._sweep.scenario.tasks or self._tasks_done + 1
+
+    def _task(self) -> str:
         assert self._plan is not None
-        points, elapsed = len(self._plan.points), time.monotonic() - self._task_started
-        if self._point_s is not None:
-            whole = points * self._point_s
-        elif self._share > 0.05 and self._stage == "training":
-            whole = elapsed / self._share
+        return f"task {self._plan.task} of {self._num_tasks}"
+
+    def _epochs(self, point: int) -> int:
+        """Finished epochs of a point of this task."""
+        if point in self._records:
+            return self._sweep.training.epochs
+        return self._progress.epochs_done.get(point, 0)
+
+    def _share(self) -> float:
+        """Of this task's training, what is done."""
+        if self._plan is None:
+            return 0.0
+        done = sum(self._epochs(point.index) for point in self._plan.points)
+        return done / (self._sweep.training.epochs * len(self._plan.points))
+
+    def _trained(self) -> str:
+        assert self._plan is not None
+        points, epochs = self._plan.points, self._sweep.training.epochs
+        trained = sum(self._epochs(point.index) == epochs for point in points)
+        return f"{trained} of {_count(len(points), 'point')} trained, {self._share():.0%} of the epochs"
+
+    def _best(self) -> str:
+        """The point that is ahead, with what it was trained with."""
+        done = [(index, record.val_accuracy) for index, record in self._records.items() if record.status == "done"]
+        best = max([*done, *filter(None, [self._progress.best])], key=lambda each: each[1], default=None)
+        if best is None or self._plan is None:
+            return ""
+        point = self._plan.points[best[0]]
+        settings = f"alpha {_values(point.alpha, ' ')}, learning rate {point.learning_rate:g}"
+        return f"best validation accuracy {best[1]:.2%} by {point.name} ({settings})"
+
+    def _failed(self) -> str:
+        recorded = {index for index, record in self._records.items() if record.status == "failed"}
+        failed = recorded | set(self._progress.failed)
+        if not failed or self._plan is None:
+            return ""
+        return f"{_count(len(failed), 'point')}: {_some([self._plan.points[index].name for index in sorted(failed)])}"
+
+    def _left(self, before: str = "") -> str:
+        """What the whole sequence will still take, by the pace of this task, or of the last one as long as need be."""
+        if self._plan is None:
+            return ""
+        elapsed, share = time.monotonic() - self._task_started, self._share()
+        points = len(self._plan.points) * (1 - self._share_before)  # that were left to train
+        if share < 1 and share - self._share_before > 0.05:
+            rest = elapsed * (1 - share) / (share - self._share_before)
+        elif self._point_s is not None:
+            rest = max(0.0, points * self._point_s - elapsed)
+        elif share == 1 and points:
+            rest = 0.0
         else:
-            return "…"
-        later = (self._sweep.scenario.tasks or self._tasks_done + 1) - self._tasks_done - 1
-        later_points = 1 if self._sweep.search.tasks == "first" else points
-        return _duration(max(0.0, whole * (1 + later * later_points / points) - elapsed))
+            return ""
+        point_s = self._point_s if self._point_s is not None else (elapsed + rest) / points
+        later = self._num_tasks - self._plan.task - 1
+        later_points = 1 if self._sweep.search.tasks == "first" else len(self._plan.points)
+        return f"{before}about {_duration(max(1.0, rest + later * later_points * point_s))} left"
+
+    # What is shown, as a picture
 
     def _render(self) -> RenderableType:
-        elapsed = _duration(time.monotonic() - self._started)
-        if self._plan is None:
-            return Text(f"{self._stage} … {elapsed}")
-        head = Table.grid(padding=(0, 2))
-        points = len(self._plan.points)
-        done = self._finished_points if self._share < 1 else points
-        head.add_row(
-            Text(self._title(), style="bold"),
-            self._stage,
-            f"points {max(done, int(self._share * points))}/{points}",
-            f"best val {self._best:.2%}" if self._best else "",
-            f"elapsed {elapsed}",
-            f"remaining {self._remaining()}",
+        task = f"{self._task()} ({self._plan.name}), " if self._plan else ""
+        tasks, elapsed = self._num_tasks, _duration(time.monotonic() - self._started)
+        open_task = self._plan is not None and self._plan.task == self._tasks_done
+        share = self._share() if open_task else 0.0
+        done = f"{self._tasks_done} of {_count(tasks, 'task')}, {elapsed}{self._left(', ') if open_task else ''}"
+        bars = [_Bar("sequence", self._tasks_done + share, tasks, done)]
+        if open_task:
+            bars.append(_Bar("task", share, 1.0, self._trained()))
+        return Group(
+            _cut(Text(f"{self._name}: {task}{self._stage}", style="bold")),
+            _grid([*bars, *_unit_bars(self._units)], self._console.width),
+            *(_cut(Text(text, style)) for text, style in self._notes()),
         )
-        bars = Table.grid(padding=(0, 2))
-        bars.add_row("grid", ProgressBar(total=1.0, completed=self._share, width=40), f"{self._share:.0%}")
-        for name, units in self._units.items():
-            bar = ProgressBar(total=units.total, completed=units.active, width=40, complete_style="cyan")
-            bars.add_row(name, bar, f"{units.active} of {units.total} units used, {units.free} free")
-        return Group(head, bars)
+
+    def _notes(self) -> Iterator[tuple[str, str]]:
+        if best := self._best():
+            yield best, ""
+        if failed := self._failed():
+            yield f"failed {failed}", "red"
+        if tracking := self._tracking():
+            yield f"MLflow is {tracking}", "yellow" if tracking.startswith(BEHIND) else "dim"
+
+
+@dataclass(frozen=True)
+class _Bar:
+    label: str
+    done: float
+    total: float
+    text: str
+    style: str = ""
+
+
+def _unit_bars(units: Mapping[str, Units]) -> Iterator[_Bar]:
+    """Units in use of each group; of many groups, of all and of the scarcest."""
+    shown = list(units.items())
+    if len(shown) > MAX_GROUPS:
+        shown = [(f"all {len(units)} groups", _all(units)), *_scarcest(units)[: MAX_GROUPS - 1]]
+    for name, each in shown:
+        style = "yellow" if _is_scarce(each) else "cyan"
+        yield _Bar(name, each.active, each.total, _free(each), style)
+
+
+def _grid(bars: Sequence[_Bar], width: int) -> Table:
+    """Bars with their labels and texts, on a line each whatever the terminal's width."""
+    labels = min(LABEL_WIDTH, max(len(bar.label) for bar in bars))
+    length = max(4, min(BAR_WIDTH, width - labels - TEXT_WIDTH - 4))
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(width=labels, no_wrap=True)
+    grid.add_column(width=length)
+    grid.add_column(width=width - labels - length - 4, no_wrap=True, overflow="ellipsis")
+    for bar in bars:
+        progress = ProgressBar(bar.total, bar.done, length, complete_style=bar.style or "bar.complete")
+        grid.add_row(_tail(bar.label, labels), progress, Text(bar.text, bar.style if bar.style == "yellow" else ""))
+    return grid
+
+
+def _cut(text: Text) -> Text:
+    """On one line."""
+    text.no_wrap, text.overflow = True, "ellipsis"
+    return text
+
+
+def _all(units: Mapping[str, Units]) -> Units:
+    """The units of all groups together."""
+    counts = [(each.total, each.active, each.new, each.free) for each in units.values()]
+    return Units(*map(sum, zip(*counts, strict=True)))
+
+
+def _scarcest(units: Mapping[str, Units]) -> list[tuple[str, Units]]:
+    """The groups, those with the smallest free share first."""
+    return sorted(units.items(), key=lambda pair: pair[1].free / pair[1].total)
+
+
+def _is_scarce(units: Units) -> bool:
+    return units.free < SCARCE * units.total
+
+
+def _free(units: Units) -> str:
+    return f"{units.free:,} of {units.total:,} units free"
 
 
 def summary_table(summary: Summary) -> Table:
-    """What every task chose and what it costs; `pruned` and `val` are validation accuracies, `now` is the last test."""
-    layers = list(summary.tasks[0].units) if summary.tasks else []
+    """What every task chose and what it costs; `pruned` and `val` are validation accuracies, `now` is the last test.
+
+    Of a network with many groups of units, all together and the scarcest.
+    """
+    groups = list(summary.tasks[0].units) if summary.tasks else []
+    many = len(groups) > MAX_GROUPS
     table = Table(
         title=f"{summary.name}: {summary.status}",
         title_justify="left",
@@ -162,21 +296,25 @@ def summary_table(summary: Summary) -> Table:
     )
     for column in ("task", "alpha", "xi", "theta", "val", "pruned", "test", "now"):
         table.add_column(column, justify="left" if column in {"task", "alpha", "theta"} else "right", no_wrap=True)
-    for layer in layers:
-        table.add_column(f"{layer}\nnew/free", justify="right", no_wrap=True)
+    for column in ("units\nnew/free", "scarcest\nfree/all") if many else (f"{group}\nnew/free" for group in groups):
+        table.add_column(column, justify="right", no_wrap=True)
     last = summary.tasks[-1].test_accuracies if summary.tasks else ()
     for result in summary.tasks:
         chosen = result.selected
+        units = [f"{each.new}/{each.free}" for each in ([_all(result.units)] if many else result.units.values())]
+        if many:
+            _, scarcest = _scarcest(result.units)[0]
+            units.append(f"{scarcest.free}/{scarcest.total}")
         table.add_row(
             str(result.index),
-            _compact(chosen.alpha),
+            _values(chosen.alpha, "\n"),
             f"{chosen.learning_rate:g}",
-            _compact(chosen.theta),
+            _values(chosen.theta, "\n"),
             f"{100 * result.best_val_accuracy:.2f}",
             f"{100 * chosen.val_accuracy:.2f}",
             f"{100 * result.test_accuracy:.2f}",
             f"{100 * last[result.index]:.2f}",
-            *(f"{units.new}/{units.free}" for units in result.units.values()),
+            *units,
         )
     return table
 
@@ -185,13 +323,33 @@ def summary_line(summary: Summary) -> str:
     """The sequence in one line."""
     return (
         f"average test accuracy {summary.average_test_accuracy:.2%}, "
-        f"forgetting {summary.max_forgetting:.2%} (largest over tasks), state {summary.state_digest[:12]}"
+        f"largest forgetting {summary.max_forgetting:.2%}, state {summary.state_digest[:12]}"
     )
 
 
-def _compact(values: Sequence[float]) -> str:
+def _values(values: Sequence[float], separator: str) -> str:
+    """Values of the layers: one if they are equal, the range of many."""
     distinct = dict.fromkeys(f"{value:.3g}" for value in values)
-    return next(iter(distinct)) if len(distinct) == 1 else "\n".join(f"{value:.3g}" for value in values)
+    if len(distinct) == 1:
+        return next(iter(distinct))
+    if len(values) > MAX_GROUPS + 1:  # and the head
+        return f"{min(values):.3g} to {max(values):.3g}"
+    return separator.join(f"{value:.3g}" for value in values)
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first of them, and how many more there are."""
+    more = f" and {len(names) - MAX_GROUPS} more" if len(names) > MAX_GROUPS else ""
+    return ", ".join(names[:MAX_GROUPS]) + more
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _tail(name: str, length: int) -> str:
+    """A name, cut at its front if it is too long: names of layers differ at their ends."""
+    return name if len(name) <= length else f"…{name[1 - length :]}"
 
 
 def _duration(seconds: float) -> str:

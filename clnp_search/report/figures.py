@@ -11,12 +11,14 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
+from textwrap import fill
 from typing import Any, ParamSpec
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import Normalize, to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -32,6 +34,7 @@ P = ParamSpec("P")
 
 INK, MUTED, FREE = "#222222", "#767676", "#e4e4e4"
 CHOSEN = "#d55e00"  # Okabe and Ito's vermillion; nothing else is of that colour
+RUNS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#222222")  # Okabe and Ito's other colours
 MARKERS = "osD^vP*X"
 PERCENT = FuncFormatter(lambda value, _: f"{100 * value:.6g}")
 DPI = 160
@@ -58,33 +61,39 @@ STYLE: Any = {
 }
 LIMIT: dict[str, Any] = {"color": INK, "linewidth": 0.9, "linestyle": (0, (5, 3)), "zorder": 2}
 CENTRED: dict[str, Any] = {"ha": "center", "va": "center", "size": 7.5}
-ABOVE: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "va": "bottom", "size": 7.5, "color": CHOSEN}
-ABOVE |= {"zorder": 6, "bbox": {"color": "white", "alpha": 0.8, "pad": 0.8}}
+OWN: dict[str, Any] = {"color": CHOSEN, "linewidth": 1, "linestyle": (0, (1, 1)), "zorder": 3}
+MAX_ALPHAS = 10  # in a legend; of more, some that are evenly spaced
+MANY = 6  # layers from which on each has a narrow row
 
 
 def draw_run(folder: RunFolder, summary: Summary) -> None:
-    """Records the run's figures, and those of each task that has none yet."""
+    """Records the run's figures, and those of each task that has none yet, as PNG and as SVG."""
     if not summary.tasks:
         return
-    rule = sweep_of(folder).forgetting.theta
-    folder.write_figure("accuracy.png", to_png(accuracy_matrix(summary.tasks)))
-    folder.write_figure("units.png", to_png(units_grown(summary.tasks)))
+    _record(folder, "accuracy", accuracy_matrix(summary.name, summary.tasks))
+    _record(folder, "units", units_grown(summary.name, summary.tasks))
     for result in summary.tasks:
-        task = result.index
-        plan, selection = folder.read_plan(task), folder.read_selection(task)
-        if folder.figures(task) or plan is None or selection is None:
-            continue
-        fingerprint = f"{rule}-{selection.min_correct}"
-        scans = [
-            scan for each in selection.candidates if (scan := folder.read_scan(task, each, fingerprint)) is not None
-        ]
-        if all(scan.point != selection.chosen for scan in scans):
-            continue  # chosen by another rule, before a fork
-        records = [record for point in plan.points if (record := folder.read_point(task, point.name)) is not None]
-        title = f"Task {task}: {result.name}"
-        curves = threshold_curves(title, records, scans, selection, tuple(result.units))
-        folder.write_figure("sparsity.png", to_png(accuracy_against_sparsity(title, records, scans, selection)), task)
-        folder.write_figure("thresholds.png", to_png(curves), task)
+        if not folder.figures(result.index):
+            for name, figure in draw_task(folder, summary.name, result).items():
+                _record(folder, name, figure, result.index)
+
+
+def draw_task(folder: RunFolder, run: str, result: TaskResult) -> dict[str, Figure]:
+    """The figures of a committed task, by name; none if it was chosen by another rule, before a fork."""
+    task = result.index
+    plan, selection = folder.read_plan(task), folder.read_selection(task)
+    if plan is None or selection is None:
+        return {}
+    fingerprint = f"{sweep_of(folder).forgetting.theta}-{selection.min_correct}"
+    scans = [scan for each in selection.candidates if (scan := folder.read_scan(task, each, fingerprint)) is not None]
+    if all(scan.point != selection.chosen for scan in scans):
+        return {}
+    records = [record for point in plan.points if (record := folder.read_point(task, point.name)) is not None]
+    title = f"Task {task}: {result.name}"
+    return {
+        "sparsity": accuracy_against_sparsity(run, title, records, scans, selection),
+        "thresholds": threshold_curves(run, title, records, scans, selection, tuple(result.units)),
+    }
 
 
 def to_png(figure: Figure) -> bytes:
@@ -92,6 +101,19 @@ def to_png(figure: Figure) -> bytes:
     stream = io.BytesIO()
     FigureCanvasAgg(figure).print_png(stream)
     return stream.getvalue()
+
+
+def to_svg(figure: Figure) -> bytes:
+    """The figure as an SVG file, the same bytes for the same figure; its text is text."""
+    stream = io.BytesIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "clnp-search"}):
+        FigureCanvasSVG(figure).print_svg(stream, metadata={"Date": None})
+    return stream.getvalue()
+
+
+def _record(folder: RunFolder, name: str, figure: Figure, task: int | None = None) -> None:
+    folder.write_figure(f"{name}.svg", to_svg(figure), task)
+    folder.write_figure(f"{name}.png", to_png(figure), task)
 
 
 def _styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
@@ -104,22 +126,22 @@ def _styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
 
 
 @_styled
-def accuracy_matrix(tasks: Sequence[TaskResult]) -> Figure:
+def accuracy_matrix(run: str, tasks: Sequence[TaskResult]) -> Figure:
     """Test accuracy of every task (columns) after every task (rows), in percent."""
     number = len(tasks)
     values = np.full((number, number), np.nan)
     for row, result in enumerate(tasks):
         values[row, : row + 1] = result.test_accuracies
-    side = max(2.0, 0.4 * number)
-    figure = Figure(figsize=(side + 1.6, side + 0.9), dpi=DPI)
+    side = max(2.0, 0.46 * number)
+    figure = _figure(run, side + 1.6, side + 1.1)
     axes = figure.add_subplot()
     # Never a narrower range than ten points: tenths of a percent shall not look like a cliff.
     norm = Normalize(min(0.9, math.floor(np.nanmin(values) * 20) / 20), 1.0)
     image = axes.imshow(values, "Blues", norm)
     for column, row in itertools.combinations_with_replacement(range(number), 2):
         value = values[row, column]
-        axes.text(column, row, f"{100 * value:.1f}", **CENTRED, color=_ink_on(image.cmap(norm(value))))
-    axes.set_title(f"Test accuracy (%): {100 * np.mean(values[-1]):.1f} on average")
+        axes.text(column, row, f"{100 * value:.2f}", **CENTRED, color=_ink_on(image.cmap(norm(value))))
+    axes.set_title(f"Test accuracy (%): {100 * np.mean(values[-1]):.2f} on average")
     axes.set(xlabel="evaluated on task", ylabel="after training task")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_ticks(range(number))
@@ -127,15 +149,18 @@ def accuracy_matrix(tasks: Sequence[TaskResult]) -> Figure:
     axes.grid(which="minor", color="white", linewidth=1.2)
     axes.tick_params(which="both", length=0)
     axes.spines[:].set_visible(False)
-    figure.colorbar(image, ax=axes, format=PERCENT, shrink=0.7, aspect=18, ticks=MaxNLocator(5), drawedges=False)
+    figure.colorbar(image, ax=axes, format=PERCENT, shrink=0.7, aspect=18, ticks=MaxNLocator(5, steps=[1, 2, 5, 10]))
     return figure
 
 
 @_styled
-def units_grown(tasks: Sequence[TaskResult]) -> Figure:
+def units_grown(run: str, tasks: Sequence[TaskResult]) -> Figure:
     """Which share of each layer's units every task has grown, and what is still free (paper, figure 3b)."""
     last = tasks[-1].units
-    figure = Figure(figsize=(7.2, 1.1 + 0.55 * len(last)), dpi=DPI)
+    narrow = len(last) > MANY
+    columns = 1 + len(tasks) // 8
+    rows = max(len(last) * (0.25 if narrow else 0.55), 0.18 * (3 + len(tasks) / columns) - 0.5)
+    figure = _figure(run, 9.0 if narrow else 7.2, 1.3 + rows)
     axes = figure.add_subplot()
     colours = [*_shades(len(tasks)), FREE]
     for row, (layer, units) in enumerate(last.items()):
@@ -143,25 +168,51 @@ def units_grown(tasks: Sequence[TaskResult]) -> Figure:
         for number, colour in zip([*(result.units[layer].new for result in tasks), units.free], colours, strict=True):
             width, text = number / units.total, f"{number:,}"
             axes.barh(row, width, 0.66, left, color=colour, edgecolor="white", linewidth=0.5)
-            if width > 0.015 * len(text) + 0.01:  # as wide as its number
+            if width > (0.018 if narrow else 0.015) * len(text) + 0.01:  # as wide as its number
                 axes.text(left + width / 2, row, text, **CENTRED, color=_ink_on(colour))
             left += width
-    names = [f"{layer}\n{units.free:,} of {units.total:,} free" for layer, units in last.items()]
-    axes.set_yticks(range(len(last)), names)
-    axes.invert_yaxis()
+    gap = ", " if narrow else "\n"
+    names = [f"{layer}{gap}{units.free:,} of {units.total:,} free" for layer, units in last.items()]
+    axes.set_yticks(range(len(last)), names, size=7.5 if narrow else None)
+    axes.set_ylim(len(last) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
     axes.xaxis.set_major_formatter(PERCENT)
     axes.set(title="Units grown by each task", xlabel="share of the layer's units (%)", xlim=(0, 1))
     labels = [*(str(result.index) for result in tasks), "free"]
     patches = [Patch(color=colour, label=label) for colour, label in zip(colours, labels, strict=True)]
-    columns = 1 + len(tasks) // 8
     figure.legend(handles=patches, title="task", loc="outside right center", ncols=columns, handlelength=1.0)
     return figure
 
 
 @_styled
+def runs_compared(runs: Sequence[Summary]) -> Figure:
+    """Test accuracy of every task after the last one, for each run (paper, figure 3a), and units that stay free."""
+    figure = Figure(figsize=(7.2, 4.8 if len(runs) < 12 else 0.4 * len(runs)), dpi=DPI)
+    accuracy, free = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    for index, run in enumerate(runs):
+        style: dict[str, Any] = {"color": RUNS[index % len(RUNS)], "marker": MARKERS[index % len(MARKERS)]}
+        label = fill(f"{run.name}: {100 * run.average_test_accuracy:.2f}", 24)
+        accuracy.plot(run.tasks[-1].test_accuracies, **style, label=label, clip_on=False)
+        shares = [1 - sum(each.active for each in result.units.values()) / _total(result) for result in run.tasks]
+        free.plot(shares, **style, clip_on=False)
+    accuracy.set(title="Test accuracy (%) of each task after the last one")
+    free.set(title="Free units (%) after each task", xlabel="task", ylim=(0, 1))
+    free.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axes in (accuracy, free):
+        axes.yaxis.set_major_formatter(PERCENT)
+        axes.grid(axis="y")
+    figure.legend(loc="outside right upper", title="run: average")
+    return figure
+
+
+def _total(result: TaskResult) -> int:
+    return sum(units.total for units in result.units.values())
+
+
+@_styled
 def threshold_curves(
+    run: str,
     title: str,
     records: Sequence[PointRecord],
     scans: Sequence[ScanRecord],
@@ -171,59 +222,88 @@ def threshold_curves(
     """Validation accuracy of every candidate while one threshold for all layers rises: all of it, and at the margin.
 
     Each candidate's circle is its highest common threshold inside the margin; the filled ones are what was chosen.
-
-    Args:
-        layers: Names of the hidden layers; shown where their chosen thresholds differ.
+    Where the chosen thresholds differ, dotted lines are the chosen point while the threshold of one layer rises alone,
+    and the rows below say which threshold is whose.
     """
     task = _Task(records, selection, scans[0].val_total)
-    figure = Figure(figsize=(7.2, 4.6), dpi=DPI)
-    whole, close = figure.subplots(2, 1, sharex=True, height_ratios=(2, 3))
-    ends: list[float] = []
+    chosen = next(scan for scan in scans if scan.point == selection.chosen)
+    apart = chosen.theta is not None and len(set(chosen.theta)) > 1
+    heights = [1.6, 2.5] + ([0.35 + (0.14 if len(layers) > MANY else 0.2) * len(layers)] if apart else [])
+    figure = _figure(run, 7.2, 0.7 + sum(heights))
+    whole, close, *below = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
+    ends: list[float] = [*(chosen.theta or ())]
+    top = max(step.theta[0] for scan in scans for step in scan.curve)
     for scan in scans:
-        chosen, colour = scan.point == selection.chosen, task.colour(scan.point)
+        is_chosen, colour = scan is chosen, task.colour(scan.point)
         steps = [(step.theta[0], step.val_accuracy) for step in scan.curve]
         for axes in (whole, close):
-            axes.plot(*zip(*steps, strict=True), color=colour, linewidth=2 if chosen else 1, zorder=4 if chosen else 3)
-        for end in sorted(step for step in steps if step[1] > task.limit - 1e-9)[-1:]:
-            ends.append(end[0])
-            close.plot(*end, "o", color="white", markeredgecolor=colour, zorder=4, clip_on=False)
-        if chosen and scan.theta is not None:
-            ends.extend(scan.theta)
-            for theta, group in itertools.groupby(sorted(zip(scan.theta, layers, strict=True)), lambda pair: pair[0]):
-                close.plot(theta, scan.val_accuracy, "o", color=CHOSEN, markersize=7, zorder=5, clip_on=False)
-                if len(set(scan.theta)) > 1:
-                    names = "\n".join(layer for _, layer in group)
-                    close.annotate(names, (theta, scan.val_accuracy), (0, 7), **ABOVE)
+            axes.plot(
+                *zip(*steps, strict=True), color=colour, linewidth=2 if is_chosen else 1, zorder=4 if is_chosen else 3
+            )
+        for common in sorted(step for step in steps if step[1] > task.limit - 1e-9)[-1:]:
+            ends.append(common[0])
+            close.plot(*common, "o", color="white", markeredgecolor=colour, zorder=4, clip_on=False)
+    kept = dict.fromkeys(chosen.theta or (), chosen.val_accuracy)
+    for layer, curve in enumerate(chosen.layer_curves if apart else ()):
+        own = [(step.theta[layer], step.val_accuracy) for step in curve]
+        close.plot([theta for theta, _ in own], [accuracy for _, accuracy in own], **OWN)
+        kept |= {theta: accuracy for theta, accuracy in own if chosen.theta and theta == chosen.theta[layer]}
+    for end in kept.items():
+        close.plot(*end, "o", color=CHOSEN, markersize=7, zorder=5, clip_on=False)
+    for rows in below:
+        _draw_thresholds(rows, chosen, layers)
     task.draw_margin(whole)
     task.draw_margin(close)
     whole.set(title=title, ylim=(0, 1.02))
-    _scale_theta(close, ends, max(step.theta[0] for scan in scans for step in scan.curve))
-    close.set(xlabel="threshold θ (mean activation of a unit)", ylim=task.window)
-    figure.supylabel("validation accuracy (%)")
-    task.draw_legend(figure, [scan.point for scan in scans])
+    _scale_theta(close, ends, top)
+    if not top:
+        whole.set_title(f"{title.partition(':')[0]}: no unit is free and active, so there is nothing to prune")
+    close.set(ylim=task.window, ylabel="validation accuracy (%)")
+    (below or [close])[-1].set_xlabel("threshold θ (mean activation of a unit)")
+    extra = [
+        Line2D([], [], linestyle="", marker="o", color="white", markeredgecolor=INK, label="highest common θ inside")
+    ]
+    extra += [Line2D([], [], **OWN, label="one layer's θ raised alone")] if apart else []
+    task.draw_legend(figure, [scan.point for scan in scans if scan is not chosen], extra)
     return figure
+
+
+def _draw_thresholds(axes: Axes, scan: ScanRecord, layers: Sequence[str]) -> None:
+    """Draws a scan's thresholds, one row a layer; layers without a free unit have none."""
+    assert scan.theta is not None
+    frozen = scan.curve[0].active  # at the highest threshold nothing joins
+    for row, (theta, before, total) in enumerate(zip(scan.theta, frozen, scan.totals, strict=True)):
+        if before == total:
+            axes.text(0.01, row, "full", transform=axes.get_yaxis_transform(), va="center", size=7, color=MUTED)
+        else:
+            axes.plot(theta, row, "o", color=CHOSEN, clip_on=False)
+    axes.set_yticks(range(len(layers)), layers, size=6.5 if len(layers) > MANY else 8)
+    axes.set_ylim(len(layers) - 0.5, -0.5)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="y")
 
 
 @_styled
 def accuracy_against_sparsity(
-    title: str, records: Sequence[PointRecord], scans: Sequence[ScanRecord], selection: Selection
+    run: str, title: str, records: Sequence[PointRecord], scans: Sequence[ScanRecord], selection: Selection
 ) -> Figure:
-    """Accuracy and sparsity of every candidate, pruned as far as the margin allows, on the curve of its scan.
+    """Accuracy and sparsity of every candidate, pruned as far as the margin allows, on the curves of its scan.
 
     Points that were outside the margin before pruning were not scanned: their accuracies are ticks at the left edge.
     """
     task = _Task(records, selection, scans[0].val_total)
     rates = sorted({record.point.learning_rate for record in records})
     markers = dict(zip(rates, itertools.cycle(MARKERS), strict=False))
-    figure = Figure(figsize=(7.2, 3.8), dpi=DPI)
+    figure = _figure(run, 7.2, 4.0)
     axes = figure.add_subplot()
     for scan in scans:
-        colour, size = task.colour(scan.point), 9.0 if scan.point == selection.chosen else 5.5
-        steps = [(1 - sum(step.active) / sum(scan.totals), step.val_accuracy) for step in scan.curve]
-        axes.plot(*zip(*steps, strict=True), color=colour, linewidth=0.8, alpha=0.7)
+        colour, (size, order) = task.colour(scan.point), (9.0, 5) if scan.point == selection.chosen else (5.5, 4)
+        for curve, style in ((scan.curve, "-"), *((each, OWN["linestyle"]) for each in scan.layer_curves if each)):
+            steps = [(1 - sum(step.active) / sum(scan.totals), step.val_accuracy) for step in curve]
+            axes.plot(*zip(*steps, strict=True), color=colour, linewidth=0.8, linestyle=style, alpha=0.7)
         if scan.theta is not None:
             end, marker = (scan.unit_sparsity, scan.val_accuracy), markers[task.points[scan.point].learning_rate]
-            axes.plot(*end, marker, color=colour, markersize=size, zorder=4, clip_on=False)
+            axes.plot(*end, marker, color=colour, markersize=size, zorder=order, clip_on=False)
     done = [record for record in records if record.status == "done"]
     outside = [record for record in done if record.point.index not in selection.candidates]
     for record in outside:
@@ -235,7 +315,10 @@ def accuracy_against_sparsity(
     axes.set(xlabel="unit sparsity: free units of all hidden units (%)", ylabel="validation accuracy (%)")
     extra = [_dot(markers[rate], MUTED, f"lr = {rate:g}") for rate in rates]
     extra += [_dot("_", MUTED, f"outside the margin: {len(outside)}", markersize=9)] if outside else []
-    task.draw_legend(figure, [record.point.index for record in done], extra, markers)
+    if any(any(scan.layer_curves) for scan in scans):
+        extra.append(Line2D([], [], **(OWN | {"color": MUTED}), label="one layer's θ raised alone"))
+    shown = [record.point.index for record in done if record.point.index != selection.chosen]
+    task.draw_legend(figure, shown, extra, markers)
     return figure
 
 
@@ -268,14 +351,28 @@ class _Task:
         extra: Sequence[Line2D] = (),
         markers: dict[float, str] | None = None,
     ) -> None:
-        """Draws the legend: the alphas of the shown points, what is extra, the margin, and the chosen point."""
+        """Draws the legend: the alphas of the shown points, what is extra, the margin, and the chosen point.
+
+        Args:
+            shown: Points that are drawn in the colours of their alphas.
+        """
         alphas, chosen = {self.points[index].alpha for index in shown}, self._chosen
-        colours = {alpha: colour for alpha, colour in self._colours.items() if alpha in alphas}
-        lines = [Line2D([], [], color=colour, label=f"α = {_alpha(alpha)}") for alpha, colour in colours.items()]
+        drawn = [(alpha, colour) for alpha, colour in self._colours.items() if alpha in alphas]
+        if len(drawn) > MAX_ALPHAS:
+            drawn = [drawn[round(each)] for each in np.linspace(0, len(drawn) - 1, MAX_ALPHAS)]
+        lines = [Line2D([], [], color=colour, label=f"α = {_alpha(alpha)}") for alpha, colour in drawn]
         limit = Line2D([], [], **LIMIT, label=f"best − margin = {100 * self.limit:.2f}")
         label = f"chosen: {chosen.name}\nα = {_alpha(chosen.alpha)}\nlr = {chosen.learning_rate:g}"
         dot = _dot((markers or {}).get(chosen.learning_rate, "o"), CHOSEN, label, markersize=7)
         figure.legend(handles=[*lines, *extra, limit, dot], loc="outside right upper")
+
+
+def _figure(run: str, width: float, height: float) -> Figure:
+    """An empty figure that says of which run it is."""
+    figure = Figure(figsize=(width, height), dpi=DPI)
+    room = int(13 * width)  # characters of that size
+    figure.suptitle(run if len(run) <= room else f"{run[: room - 1]}…", x=0.02, ha="left", size=8, color=MUTED)
+    return figure
 
 
 def _scale_theta(axes: Axes, ends: Iterable[float], top: float) -> None:
@@ -300,7 +397,8 @@ def _dot(marker: str, colour: str, label: str, markersize: float = 5.0) -> Line2
 def _alpha(alpha: Sequence[float]) -> str:
     """An alpha for a legend, such as 1e-5."""
     values = alpha[:1] if len(set(alpha)) == 1 else alpha
-    return ", ".join(np.format_float_scientific(value, 3, trim="-", exp_digits=1) if value else "0" for value in values)
+    texts = [np.format_float_scientific(value, 2, trim="-", exp_digits=1) if value else "0" for value in values]
+    return ", ".join(texts) if len(texts) < 4 else f"{texts[np.argmin(values)]} to {texts[np.argmax(values)]}"
 
 
 def _ink_on(colour: ColorType) -> str:

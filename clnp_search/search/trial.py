@@ -18,7 +18,7 @@ from clnp_search.clnp.pack import Features, Pack
 from clnp_search.clnp.scan import Candidate, scan
 from clnp_search.clnp.state import Parameters, State
 from clnp_search.clnp.training import Training, TrainingSettings
-from clnp_search.records import Point, PointRecord, ScanRecord, TaskPlan
+from clnp_search.records import Epoch, Point, PointRecord, ScanRecord, TaskPlan
 from clnp_search.search.points import pack_name
 from clnp_search.storage import RunFolder
 from clnp_search.tasks import Scenario, TaskData
@@ -36,6 +36,9 @@ OfTask = tuple[TaskPlan, State, Parameters | None]
 
 class PointFault(Exception):  # noqa: N818 - a result, not an error
     """What a point itself did, its network's module and its data included: another try would end the same."""
+
+
+Progress = dict[int, Epoch]  # the last epoch of each point that trains
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ class TaskInputs:
         return self.run.scenario.data(self.plan.task)
 
 
-def run_pack(inputs: TaskInputs, points: Sequence[Point]) -> Iterator[Training]:
+def run_pack(inputs: TaskInputs, points: Sequence[Point]) -> Iterator[Progress]:
     """Gives every point of a pack its record: trained, or failed by its own fault; shows the training as it goes.
 
     Raises:
@@ -93,7 +96,7 @@ def run_pack(inputs: TaskInputs, points: Sequence[Point]) -> Iterator[Training]:
     yield from train_pack(inputs, points, notes)
 
 
-def train_pack(inputs: TaskInputs, points: Sequence[Point], notes: tuple[str, ...] = ()) -> Iterator[Training]:
+def train_pack(inputs: TaskInputs, points: Sequence[Point], notes: tuple[str, ...] = ()) -> Iterator[Progress]:
     """Trains a pack's points and writes each one's record and parameters to the run folder.
 
     Goes on from the pack's checkpoint if there is one; points that are recorded already are not written again. If
@@ -121,7 +124,7 @@ def train_pack(inputs: TaskInputs, points: Sequence[Point], notes: tuple[str, ..
         yield from train_pack(inputs, half, (*notes, note))
 
 
-def _train(inputs: TaskInputs, points: Sequence[Point], notes: tuple[str, ...]) -> Iterator[Training]:
+def _train(inputs: TaskInputs, points: Sequence[Point], notes: tuple[str, ...]) -> Iterator[Progress]:
     folder, task, keys = RunFolder(inputs.run.folder), inputs.plan.task, inputs.plan.keys
     missing = [point for point in points if folder.read_point(task, point.name) is None]
     if not missing:
@@ -130,7 +133,7 @@ def _train(inputs: TaskInputs, points: Sequence[Point], notes: tuple[str, ...]) 
     checkpoint = folder.read_checkpoint(task, name)
     if len(missing) < len(points) and checkpoint is None:
         points, notes = missing, (*notes, f"packed apart from {len(points) - len(missing)} points that were finished")
-    started = time.perf_counter()
+    started, began = time.perf_counter(), time.time()
     pack, training, train = _begin(inputs, points)
     if checkpoint is not None:
         try:
@@ -146,7 +149,7 @@ def _train(inputs: TaskInputs, points: Sequence[Point], notes: tuple[str, ...]) 
             folder.write_checkpoint(task, name, training.to_bytes())
             saved = time.perf_counter()
         if training.finished or time.perf_counter() - reported > REPORT_EVERY_S:
-            yield training
+            yield {point.index: last for point, last in zip(points, training.history[-1], strict=True)}
             reported = time.perf_counter()
     with _computing():
         activities = pack.activities(train)
@@ -171,6 +174,8 @@ def _train(inputs: TaskInputs, points: Sequence[Point], notes: tuple[str, ...]) 
             epochs=tuple(epoch[position] for epoch in training.history),
             seconds=seconds,
             notes=notes,
+            started=began,
+            ended=time.time(),
         )
         if finite[position]:
             folder.write_point(task, record, trained[position])

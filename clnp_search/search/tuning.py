@@ -125,8 +125,7 @@ class _Feed(Searcher):
         self._error: Exception | None = None
         self._waiting: list[int] = []
         self._running: dict[str, int] = {}  # the pack of each trial
-        self._epochs: dict[int, int] = {}
-        self._best = 0.0
+        self._progress, self._accuracies = PackProgress({}), dict[int, float]()
         self._advance()
 
     def result(self) -> Any:
@@ -147,16 +146,19 @@ class _Feed(Searcher):
         return {"pack": pack, "inputs": [self._packs.inputs]}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        pack = self._running[trial_id]
-        if "epochs_done" in result:
-            self._epochs[pack] = result["epochs_done"]
-            self._best = max(self._best, result["best_val_accuracy"])
-            self._listen(PackProgress(dict(self._epochs), self._best))
-        elif "failures" in result:
-            fault = f"pack {pack} of task {self._packs.task}: {result['cause']}"
+        if "failures" in result:
+            fault = f"pack {self._running[trial_id]} of task {self._packs.task}: {result['cause']}"
             if result["given_up"]:
                 raise _Ended(MachineFault(fault + tried(result["failures"])))
             logger.warning("%s; trying again", fault)
+            return
+        self._accuracies |= result.get("accuracies", {})
+        self._progress = PackProgress(
+            self._progress.epochs_done | result.get("epochs_done", {}),
+            max(self._accuracies.items(), key=lambda seen: seen[1], default=None),
+            (*self._progress.failed, *result.get("failed", ())),
+        )
+        self._listen(self._progress)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         pack = self._running.pop(trial_id)
@@ -178,7 +180,8 @@ class _Feed(Searcher):
     def _advance(self) -> None:
         try:
             self._packs = next(self._program)
-            self._waiting, self._epochs, self._best = list(self._packs.indices), {}, 0.0
+            self._waiting = list(self._packs.indices)
+            self._progress, self._accuracies = PackProgress({}), {}
         except StopIteration as end:
             self._result, self.finished = end.value, True
         except Exception as error:  # Tune would wrap it
@@ -203,12 +206,19 @@ def _train_trial(
                 pause(failures)
 
 
-def _pack_task(shared: RunInputs, of_task: OfTask, pack: int) -> Iterator[dict[str, float]]:
+def _pack_task(shared: RunInputs, of_task: OfTask, pack: int) -> Iterator[dict[str, Any]]:
     from clnp_search.search.trial import TaskInputs, run_pack
+    from clnp_search.storage import RunFolder
 
     inputs = TaskInputs(shared, *of_task)
-    points = [inputs.plan.points[index] for index in inputs.plan.packs[pack]]
+    plan = inputs.plan
+    points = [plan.points[index] for index in plan.packs[pack]]
     for training in run_pack(inputs, points):
-        yield {"epochs_done": training.epoch, "best_val_accuracy": training.best_val_accuracy}
-    # A trial without a result counts as failed; points that had been finished before give none.
-    yield {"done": True}
+        yield {
+            "epochs_done": {point: seen.epoch + 1 for point, seen in training.items()},
+            "accuracies": {point: seen.val_accuracy for point, seen in training.items()},
+        }
+    folder = RunFolder(shared.folder)
+    records = [folder.read_point(plan.task, point.name) for point in points]
+    # A trial without a result counts as failed; points that had been finished before give no other.
+    yield {"failed": [record.point.index for record in records if record and record.status == "failed"]}

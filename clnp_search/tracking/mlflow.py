@@ -23,6 +23,7 @@ from clnp_search.clnp.subnetwork import Subnetwork
 from clnp_search.config import Sweep
 from clnp_search.records import Point, PointRecord, ScanRecord, Selection, Summary, TaskPlan, TaskResult, summarise
 from clnp_search.storage import RunFolder
+from clnp_search.tracking.views import missing_views
 
 # Defaults; what the user's environment says comes first. No blind retries: a request that MLflow's client repeats
 # after a lost answer could create a run twice, while `sync` looks before it writes.
@@ -49,7 +50,6 @@ class MlflowTracker:
 
     def __init__(self, folder: RunFolder, sweep: Sweep) -> None:
         self._folder, self._sweep = folder, sweep
-        self._layers = tuple(sweep.architecture((1,)).graph.groups)
         self._store: _Store | None = None
 
     def sync(self, summary: Summary | None = None) -> None:
@@ -79,7 +79,8 @@ class MlflowTracker:
             folder.write_tracking(entries)
         store = self._store = self._store or _Store(self._sweep.tracking.uri, self._sweep.name, entries["key"])
         state, results = (summary.status, summary.tasks) if summary else ("running", ())
-        sequence = store.run("sequence", folder.name, self._tags("sequence"))
+        first = folder.read_plan(0)
+        sequence = store.run("sequence", folder.name, self._tags("sequence"), started=first.started if first else 0.0)
         if not sequence.params:
             store.upload(sequence, {"sweep.yaml": folder.read_sweep().encode()})
             store.log(sequence, [], _settings(self._sweep))
@@ -89,7 +90,7 @@ class MlflowTracker:
         if sequence.status != STATUS[state] or store.missing(sequence, metrics):
             store.upload(sequence, self._artifacts())
             store.log(sequence, metrics, tags={"clnp.status": state})
-            store.set_status(sequence, STATUS[state])
+            store.set_status(sequence, STATUS[state], results[-1].ended if results and state != "failed" else 0.0)
         written = {"key": entries["key"], "experiment_id": store.experiment_id, "runs": store.run_ids}
         if written != entries:
             folder.write_tracking(written)
@@ -103,26 +104,32 @@ class MlflowTracker:
         if plan is None:
             return
         result = results[index] if index < len(results) else None
-        seconds = result.seconds if result else 0.0
-        run = store.run(name, f"task {index}: {plan.name}", self._tags("task", index), sequence, seconds)
-        selection = folder.read_selection(index)
+        run = store.run(name, f"task {index}: {plan.name}", self._tags("task", index), sequence, plan.started)
+        selection = folder.read_selection(index) if result else None
         for point in plan.points:
-            self._project_point(store, run, plan, point, selection)
+            self._project_point(store, run, plan, point, selection, tuple(result.units) if result else ())
         if result is None or selection is None:
             store.set_status(run, "FAILED" if failed else "RUNNING")
             return
         subnetwork = Subnetwork(folder.read_state(index), index).to_bytes(".safetensors")
         store.upload(run, self._artifacts(index) | {"subnetwork.safetensors": subnetwork})
         selected = result.selected
-        params = {"point": selected.point, "theta": _compact(selected.theta)}
-        params |= self._params(selected.alpha, selected.learning_rate)
-        metrics = _swept(params) + self._theta(selected.theta) + _task_metrics(results[: index + 1])
+        params = {"point": selected.point} | _params(selected.alpha, selected.learning_rate)
+        values = _swept(selected.alpha, selected.learning_rate) + _theta(selected.theta, tuple(result.units))
+        values += _task_metrics(results[: index + 1])
+        metrics = [(key, value, index) for key, value, _ in values]
         note = "\n".join(f"- {reason}" for reason in selection.reasons)
         store.log(run, metrics, params, {"clnp.digest": result.digest, "mlflow.note.content": note})
-        store.set_status(run, "FINISHED")
+        store.set_status(run, "FINISHED", result.ended)
 
     def _project_point(
-        self, store: _Store, task: _Run, plan: TaskPlan, point: Point, selection: Selection | None
+        self,
+        store: _Store,
+        task: _Run,
+        plan: TaskPlan,
+        point: Point,
+        selection: Selection | None,
+        groups: Sequence[str],
     ) -> None:
         """Logs a point in two steps: its training once it is recorded, its scan once the task has chosen."""
         name, folder = f"{plan.task:03d}/{point.name}", self._folder
@@ -134,9 +141,9 @@ class MlflowTracker:
         if record is None:
             return
         title = f"{point.name} alpha={_compact(point.alpha, 'g')} lr={point.learning_rate:g}"
-        run = store.run(name, title, self._tags("point", plan.task), task, record.seconds)
-        params = self._params(point.alpha, point.learning_rate)
-        metrics = [] if trained else _swept(params) + _training_metrics(record)
+        run = store.run(name, title, self._tags("point", plan.task), task, record.started or plan.started)
+        params = _params(point.alpha, point.learning_rate)
+        metrics = [] if trained else _swept(point.alpha, point.learning_rate) + _training_metrics(record)
         tags = {"clnp.reason": record.reason, "mlflow.note.content": "\n".join(record.notes)}
         tags = {key: text for key, text in tags.items() if text or key in run.tags}
         if selection is not None:
@@ -146,22 +153,13 @@ class MlflowTracker:
                 folder.read_scan(plan.task, point.index, fingerprint) if point.index in selection.candidates else None
             )
             metrics += _scan_metrics(scan) if scan else []
-            metrics += self._theta(scan.theta) if scan and scan.theta else []
+            metrics += _theta(scan.theta, groups) if scan and scan.theta else []
         store.log(run, metrics, params, tags)
-        store.set_status(run, "FINISHED" if record.status == "done" else "FAILED")
+        store.set_status(run, "FINISHED" if record.status == "done" else "FAILED", record.ended)
 
     def _tags(self, level: str, task: int | None = None) -> dict[str, str]:
         tags = {"clnp.level": level, "clnp.sequence": self._folder.name}
         return tags if task is None else tags | {"clnp.task": str(task)}
-
-    def _params(self, alpha: tuple[float, ...], learning_rate: float) -> dict[str, str]:
-        each = {f"alpha.{layer}": str(value) for layer, value in zip((*self._layers, "head"), alpha, strict=True)}
-        return {"alpha": _compact(alpha), **each, "learning_rate": str(learning_rate)}
-
-    def _theta(self, theta: tuple[float, ...]) -> Metrics:
-        if len(set(theta)) == 1:
-            return [("prune/theta", theta[0], 0)]
-        return [(f"prune/theta.{layer}", value, 0) for layer, value in zip(self._layers, theta, strict=True)]
 
     def _artifacts(self, task: int | None = None) -> dict[str, bytes]:
         return {name: self._folder.read(path) for name, path in self._folder.artifacts(task).items()}
@@ -179,13 +177,20 @@ def _settings(sweep: Sweep) -> dict[str, str]:
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in flat.items()}
 
 
-def _swept(params: Mapping[str, str]) -> Metrics:
+def _params(alpha: tuple[float, ...], learning_rate: float) -> dict[str, str]:
+    return {"alpha": _compact(alpha), "learning_rate": str(learning_rate)}
+
+
+def _swept(alpha: tuple[float, ...], learning_rate: float) -> Metrics:
     """Swept values once more as metrics, because params sort as text; alpha as the mean over the layers."""
-    numbers = {key: json.loads(text) for key, text in params.items() if key.startswith(("alpha", "learning_rate"))}
-    return [
-        (f"hp/{key}", statistics.fmean(value) if isinstance(value, list) else value, 0)
-        for key, value in numbers.items()
-    ]
+    return [("hp/alpha", statistics.fmean(alpha), 0), ("hp/learning_rate", learning_rate, 0)]
+
+
+def _theta(theta: tuple[float, ...], groups: Sequence[str]) -> Metrics:
+    """One threshold if all are equal, else each group's."""
+    if len(set(theta)) == 1:
+        return [("prune/theta", theta[0], 0)]
+    return [(f"prune/theta.{group}", value, 0) for group, value in zip(groups, theta, strict=True)]
 
 
 def _training_metrics(record: PointRecord) -> Metrics:
@@ -209,7 +214,7 @@ def _scan_metrics(scan: ScanRecord) -> Metrics:
 
 
 def _task_metrics(results: Sequence[TaskResult]) -> Metrics:
-    """Of the last of these tasks."""
+    """Of the last of these tasks, at any step."""
     last = results[-1]
     values = _so_far(results) | {
         "val/best_accuracy": last.best_val_accuracy,
@@ -230,9 +235,12 @@ def _sequence_metrics(results: Sequence[TaskResult]) -> Metrics:
 def _so_far(results: Sequence[TaskResult]) -> dict[str, float]:
     summary = summarise("", "running", 0, "", tuple(results))
     values = {"test/average_accuracy": summary.average_test_accuracy, "test/forgetting": summary.max_forgetting}
-    for layer, units in results[-1].units.items():
-        counts = {"active": units.active, "new": units.new, "free": units.free}
-        values |= {f"capacity/{layer}/{kind}": float(count) for kind, count in counts.items()}
+    groups = results[-1].units
+    values["capacity/free"] = sum(units.free for units in groups.values())
+    values["capacity/new"] = sum(units.new for units in groups.values())
+    values["capacity/scarcest"] = min(units.free / units.total for units in groups.values())
+    for group, units in groups.items():
+        values |= {f"capacity/new.{group}": units.new, f"capacity/free.{group}": units.free}
     return values
 
 
@@ -288,6 +296,8 @@ class _Store:
         found = self._client.get_experiment_by_name(experiment)
         location = _artifact_location(uri, experiment)
         self.experiment_id = found.experiment_id if found else self._client.create_experiment(experiment, location)
+        for tag, view in missing_views(found.tags if found else {}, _milliseconds()).items():
+            self._client.set_experiment_tag(self.experiment_id, tag, view)
         self._runs: dict[str, _Run] = {}
         token: str | None = ""
         while token is not None:
@@ -310,12 +320,12 @@ class _Store:
 
     @_tracking()
     def run(
-        self, name: str, title: str, tags: Mapping[str, str], parent: _Run | None = None, seconds: float = 0.0
+        self, name: str, title: str, tags: Mapping[str, str], parent: _Run | None = None, started: float = 0.0
     ) -> _Run:
-        """A run, created if it is not there; its work took `seconds` until now."""
+        """A run, created if it is not there; its work started then, or now."""
         if name not in self._runs:
             own = {**tags, "clnp.key": f"{self._key}/{name}", **({"mlflow.parentRunId": parent.id} if parent else {})}
-            start = int((time.time() - seconds) * 1000)
+            start = _milliseconds(started)
             created = self._client.create_run(self.experiment_id, start_time=start, tags=own, run_name=title)
             self._runs[name] = _Run(created.info.run_id, created.info.status, own, set())
         return self._runs[name]
@@ -339,25 +349,26 @@ class _Store:
         """Logs what the run has not. Tags come last, also within MLflow's requests: they say that all else is there."""
         from mlflow.entities import Metric, Param, RunTag
 
-        new, now = self.missing(run, metrics), int(time.time() * 1000)
+        new, now = self.missing(run, metrics), _milliseconds()
         extra = [Param(key, value) for key, value in (params or {}).items() if key not in run.params]
         marks = [RunTag(key, value) for key, value in (tags or {}).items() if run.tags.get(key) != value]
         for start in range(0, len(new) or bool(extra or marks), BATCH):
             batch, last = new[start : start + BATCH], start + BATCH >= len(new)
-            values = [Metric(key, value, now, step) for key, value, step in batch]
+            # No more digits than a float32 has: MLflow's tables show all that there are.
+            values = [Metric(key, float(f"{value:.7g}"), now, step) for key, value, step in batch]
             self._client.log_batch(run.id, values, extra if last else [], marks if last else [])
             run.logged |= {(key, step) for key, _, step in batch}
         run.params |= {param.key for param in extra}
         run.tags |= tags or {}
 
     @_tracking()
-    def set_status(self, run: _Run, status: str) -> None:
-        """Ends the run, or starts it again."""
+    def set_status(self, run: _Run, status: str, ended: float = 0.0) -> None:
+        """Ends the run, whose work ended then, or now; or starts it again."""
         if run.status != status:
             if status == "RUNNING":
                 self._client.update_run(run.id, status)
             else:
-                self._client.set_terminated(run.id, status)
+                self._client.set_terminated(run.id, status, _milliseconds(ended))
             run.status = status
 
     @_tracking()
@@ -369,6 +380,11 @@ class _Store:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(data)
             self._client.log_artifacts(run.id, folder)
+
+
+def _milliseconds(seconds: float = 0.0) -> int:
+    """A time as MLflow counts it; now, if it was not recorded."""
+    return int((seconds or time.time()) * 1000)
 
 
 def _check_reachable(uri: str) -> None:

@@ -15,18 +15,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import Grid, page
 from builders import make_sweep, write_run
 from mlflow import MlflowClient
 
+from clnp_search.cli.publisher import Publisher
 from clnp_search.clnp.subnetwork import Subnetwork
 from clnp_search.config import Sweep, TrackingConfig
 from clnp_search.records import summarise
 from clnp_search.report.figures import draw_run
 from clnp_search.storage import RunFolder, run_folder
 from clnp_search.tracking import mlflow as tracking
+from clnp_search.tracking import views
 from clnp_search.tracking.mlflow import MlflowTracker, TrackingUnavailable
 
 Snapshot = dict[str, dict[str, Any]]
+VIEWS = (views.SEQUENCES, views.CHOSEN, views.POINTS)
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The ``noload`` loader strategy",  # MLflow 3.17 on SQLAlchemy 2.1
@@ -155,14 +159,12 @@ def test_three_levels_hang_together_by_parent_tags(finished: RunFolder, sweep: S
     assert all(run["tags"]["clnp.sequence"] == "run" for run in seen.values())
 
 
-def test_swept_values_are_params_and_metrics(finished: RunFolder, sweep: Sweep) -> None:
+def test_swept_values_are_params_and_metrics_and_nothing_twice(finished: RunFolder, sweep: Sweep) -> None:
     MlflowTracker(finished, sweep).sync()
     point = snapshot(sweep)["task 0: task-0/p002 alpha=0.001 lr=0.01"]
-    layers = {f"alpha.{layer}": "0.001" for layer in ("hidden0", "hidden1", "head")}
-    assert point["params"] == {"alpha": "0.001", "learning_rate": "0.01", **layers}
-    assert point["metrics"]["hp/alpha"] == [(0, 0.001)]
-    assert point["metrics"]["hp/alpha.head"] == [(0, 0.001)]
-    assert point["metrics"]["hp/learning_rate"] == [(0, 0.01)]
+    assert point["params"] == {"alpha": "0.001", "learning_rate": "0.01"}
+    swept = {key: values for key, values in point["metrics"].items() if key.startswith("hp/")}
+    assert swept == {"hp/alpha": [(0, 0.001)], "hp/learning_rate": [(0, 0.01)]}
 
 
 def test_an_alpha_for_each_layer_is_a_list_and_its_mean(folder: RunFolder, sweep: Sweep) -> None:
@@ -175,8 +177,7 @@ def test_an_alpha_for_each_layer_is_a_list_and_its_mean(folder: RunFolder, sweep
     MlflowTracker(folder, sweep).sync()
     point = snapshot(sweep)["task 0: task-0/p001 alpha=[0.1, 0.2, 0.6] lr=0.02"]
     assert point["params"]["alpha"] == "[0.1, 0.2, 0.6]"
-    assert point["metrics"]["hp/alpha"] == [(0, pytest.approx(0.3))]
-    assert point["metrics"]["hp/alpha.hidden1"] == [(0, 0.2)]
+    assert point["metrics"]["hp/alpha"] == [(0, 0.3)]
 
 
 def test_curves_are_complete(finished: RunFolder, sweep: Sweep) -> None:
@@ -192,10 +193,24 @@ def test_curves_are_complete(finished: RunFolder, sweep: Sweep) -> None:
     sequence = seen["run"]["metrics"]
     assert sequence["test/task0"] == [(0, 0.9), (1, 0.9)]
     assert sequence["test/task1"] == [(1, 0.91)]
-    results = finished.read_results()
-    assert sequence["capacity/hidden1/free"] == [
-        (index, result.units["hidden1"].free) for index, result in enumerate(results)
-    ]
+    free = [[units.free for units in result.units.values()] for result in finished.read_results()]
+    assert sequence["capacity/free.hidden1"] == [(index, left[1]) for index, left in enumerate(free)]
+    assert sequence["capacity/free"] == [(index, sum(left)) for index, left in enumerate(free)]
+    assert sequence["capacity/scarcest"] == [(index, min(left) / 4) for index, left in enumerate(free)]
+
+
+def test_times_are_those_of_the_work_however_late_it_is_logged(finished: RunFolder, sweep: Sweep) -> None:
+    MlflowTracker(finished, sweep).sync()
+    times = {title: (run.info.start_time, run.info.end_time) for title, run in runs_of(sweep).items()}
+    assert times["run"] == (1_000_000, 1_160_000)
+    assert times["task 1: task-1"] == (1_100_000, 1_160_000)
+    assert times["task 1: task-1/p002 alpha=0.001 lr=0.01"] == (1_105_000, 1_115_000)
+
+
+def test_a_tasks_metrics_are_at_its_own_step(finished: RunFolder, sweep: Sweep) -> None:
+    MlflowTracker(finished, sweep).sync()
+    metrics = snapshot(sweep)["task 1: task-1"]["metrics"]
+    assert {step for values in metrics.values() for step, _ in values} == {1}
 
 
 def test_the_choice_is_tagged_and_explained(finished: RunFolder, sweep: Sweep) -> None:
@@ -245,13 +260,15 @@ def test_artifacts_of_the_sequence_and_of_its_tasks(finished: RunFolder, sweep: 
     seen = snapshot(sweep)
     assert seen["run"]["artifacts"] == [
         "figures/accuracy.png",
+        "figures/accuracy.svg",
         "figures/units.png",
+        "figures/units.svg",
         "state.safetensors",
         "summary.json",
         "sweep.yaml",
     ]
     curves = ["curves/p001.csv", "curves/p002.csv"]
-    figures = ["figures/sparsity.png", "figures/thresholds.png"]
+    figures = [f"figures/{name}.{kind}" for name in ("sparsity", "thresholds") for kind in ("png", "svg")]
     assert seen["task 1: task-1"]["artifacts"] == [
         *curves,
         *figures,
@@ -312,7 +329,15 @@ def test_another_store_gets_everything(finished: RunFolder, sweep: Sweep) -> Non
     assert snapshot(other) == snapshot(sweep)
 
 
-WRITES = ("create_experiment", "create_run", "log_batch", "log_artifacts", "set_terminated", "update_run")
+WRITES = (
+    "create_experiment",
+    "set_experiment_tag",
+    "create_run",
+    "log_batch",
+    "log_artifacts",
+    "set_terminated",
+    "update_run",
+)
 
 
 class Killed(BaseException):
@@ -442,6 +467,57 @@ def test_a_server_that_is_not_there_is_reported_and_replayed_when_it_is(
     finished.write_summary(summarise("run", "failed", 0, "", finished.read_results()))
     with pytest.raises(TrackingUnavailable):
         tracker.sync()
+
+
+def test_saved_views_show_sequences_choices_and_points_in_a_browser(
+    finished: RunFolder, sweep: Sweep, database: str, tmp_path: Path
+) -> None:
+    MlflowTracker(finished, sweep).sync()
+    experiment = MlflowClient(sweep.tracking.uri).get_experiment_by_name(sweep.name)
+    assert experiment is not None
+    with server(database, tmp_path, free_port()) as uri:
+        runs = f"{uri}/#/experiments/{experiment.experiment_id}/runs?workflowType=machine_learning"
+        seen = {view: Grid(page(f"{runs}&viewStateShareKey={view}", tmp_path / "browser")).rows for view in VIEWS}
+    [sequence] = seen[views.SEQUENCES]
+    assert sequence["attributes.`Run Name`"].endswith("run")  # the colour of its curves comes first
+    assert sequence["params.`forgetting.margin`"] == "0.0005"
+    assert sequence["metrics.`test/average_accuracy`"] == "0.905"
+    assert sequence["metrics.`test/forgetting`"] == "0"
+    assert sequence["metrics.`capacity/free`"] == str(
+        sum(units.free for units in finished.read_results()[-1].units.values())
+    )
+    chosen = seen[views.CHOSEN]
+    assert [row["attributes.`Run Name`"].partition("task")[2] for row in chosen] == [" 0: task-0", " 1: task-1"]
+    assert [row["metrics.`test/accuracy`"] for row in chosen] == ["0.9", "0.91"]
+    assert [row["params.`alpha`"] for row in chosen] == ["0.001", "0.001"]
+    points = seen[views.POINTS]
+    assert len(points) == 4
+    assert points[0]["tags.`selected`"] == "true"
+    assert points[0]["metrics.`val/unpruned_accuracy`"] == "0.9702"
+    assert points[0]["metrics.`prune/unit_sparsity`"] == "0.375"
+
+
+def test_a_view_that_its_users_changed_stays_as_it_is(finished: RunFolder, sweep: Sweep) -> None:
+    MlflowTracker(finished, sweep).sync()
+    client = MlflowClient(sweep.tracking.uri)
+    experiment = client.get_experiment_by_name(sweep.name)
+    assert experiment is not None
+    client.set_experiment_tag(experiment.experiment_id, f"{views.TAG}{views.POINTS}", "changed")
+    MlflowTracker(finished, sweep).sync()
+    tags = client.get_experiment(experiment.experiment_id).tags
+    assert tags[f"{views.TAG}{views.POINTS}"] == "changed"
+    assert {f"{views.TAG}{view}" for view in VIEWS} <= tags.keys()
+
+
+def test_the_publisher_says_how_mlflow_is_doing(finished: RunFolder, sweep: Sweep) -> None:
+    def state(uri: str) -> str:
+        with Publisher(finished, at(sweep, uri)) as publisher:
+            publisher.points_finished([])
+        return publisher.state()
+
+    assert state(f"http://127.0.0.1:{free_port()}").startswith("behind: TrackingUnavailable: ")
+    assert state(sweep.tracking.uri) == "up to date"
+    assert state("none") == ""
 
 
 def test_a_server_that_never_answers_is_given_up(

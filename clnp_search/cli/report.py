@@ -1,0 +1,35 @@
+"""The command `report`: one page over one or more runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from clnp_search.errors import InputError
+
+
+def report(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run folders, or names.", show_default=False)],
+    out_file: Annotated[Path, typer.Option("--out", metavar="FILE.html", help="The page.")] = Path("report.html"),
+    storage: Annotated[str, typer.Option("--storage", metavar="URI", help="Where run folders are.")] = "runs/",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")] = False,
+) -> None:
+    """Write one HTML page over runs: figures, choices with their reasons, digests. Its tables go beside it as CSV."""
+    from clnp_search.report.page import report as report_over
+    from clnp_search.storage import open_run
+
+    written = report_over([open_run(run, storage) for run in runs])
+    tables = {name: out_file.with_suffix(f".{name}.csv") for name in written.tables}
+    try:
+        out_file.write_text(written.html, "utf-8")
+        for name, path in tables.items():
+            path.write_bytes(written.tables[name])
+    except OSError as error:
+        raise InputError(f"--out {out_file}: {error}") from error
+    if as_json:
+        typer.echo(json.dumps({"page": str(out_file), "tables": {name: str(path) for name, path in tables.items()}}))
+    else:
+        typer.echo("\n".join(map(str, (out_file, *tables.values()))))

@@ -1,0 +1,109 @@
+"""The report over runs: what stands on the page and in its tables, and how the page fits a browser's window."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from browser import page
+from builders import make_sweep, write_run
+from command_line import Cli
+
+from clnp_search.errors import InputError
+from clnp_search.report.page import Report, report
+from clnp_search.storage import RunFolder, run_folder
+
+
+def make_run(storage: Path, name: str, num_tasks: int = 2) -> RunFolder:
+    folder = run_folder(str(storage), name)
+    for _ in write_run(folder, make_sweep(), num_tasks):
+        pass
+    return folder
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> Report:
+    """A report over two runs, one of which has a name that is no HTML."""
+    storage = tmp_path_factory.mktemp("runs")
+    return report([make_run(storage, "first"), make_run(storage, "second")])
+
+
+def rows(written: Report, table: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(written.tables[table].decode())))
+
+
+def test_the_page_has_every_run_choice_reason_and_digest(both: Report) -> None:
+    text = " ".join(re.sub(r"<[^>]*>", " ", both.html).split())
+    assert "2 of 2 90.50 0.00" in text
+    assert text.count("1: task-1 p002 0.001 0.01 0.6 98.00 96.52 91.00 91.00") == 2
+    assert "p002 has the highest sparsity (units): 0.3750 at 96.5200%." in text
+    assert text.count("equal") == 4
+    assert "DIFFERENT" not in text
+    assert "clnp-search run sweep.yaml --name second" in text
+
+
+def test_the_page_has_its_figures_inside_and_needs_no_other_file(both: Report) -> None:
+    assert both.html.count("<svg") == 1 + 2 * (2 + 2 * 2)
+    assert not re.findall(r"""(?:src|href)=["'](?!#|data:)""", both.html)
+    assert "url(http" not in both.html
+    ids = Counter(re.findall(r'\bid="([^"]*)"', both.html))
+    assert max(ids.values()) == 1
+    assert set(re.findall(r'href="#([^"]*)"|url\(#([^)]*)\)', both.html)) <= {(each, "") for each in ids} | {
+        ("", each) for each in ids
+    }
+
+
+def test_the_tables_hold_the_same_as_csv(both: Report) -> None:
+    assert [(row["run"], row["average_test_accuracy"], row["margin"]) for row in rows(both, "runs")] == [
+        ("first", "0.905", "0.0005"),
+        ("second", "0.905", "0.0005"),
+    ]
+    assert [row["point"] for row in rows(both, "tasks")] == ["p002"] * 4
+    accuracies = [tuple(row.values()) for row in rows(both, "accuracies")][:3]
+    assert accuracies == [("first", "0", "0", "0.9"), ("first", "1", "0", "0.9"), ("first", "1", "1", "0.91")]
+    assert rows(both, "units")[0].keys() == {"run", "after_task", "group", "total", "active", "new", "free"}
+
+
+def test_runs_of_one_name_are_told_apart_by_where_they_are(tmp_path: Path) -> None:
+    folders = [make_run(tmp_path / place, "run", 1) for place in ("here", "there")]
+    written = report(folders)
+    assert [row["run"] for row in rows(written, "runs")] == [folder.uri for folder in folders]
+    assert written.html.count("--name run") == 2
+
+
+def test_a_subnetwork_that_changed_is_said_to_be_different(tmp_path: Path) -> None:
+    folder = make_run(tmp_path, "run")
+    [first, _] = folder.read_results()
+    result = tmp_path / "run/summary.json"
+    result.write_text(result.read_text().replace(first.digest, "0" * 64))
+    assert report([folder]).html.count("DIFFERENT") == 1
+
+
+def test_a_run_without_a_committed_task_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no task is committed yet"):
+        report([make_run(tmp_path, "empty", 0)])
+
+
+def test_the_command_names_what_it_has_written(tmp_path: Path) -> None:
+    make_run(tmp_path / "runs", "run", 1)
+    cli = Cli(tmp_path)
+    written = cli.json("report", "run", "--out", "page.html")
+    assert written["page"] == "page.html"
+    assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
+    assert (tmp_path / written["tables"]["units"]).read_text().startswith("run,after_task,group")
+    assert "no/page.html" in cli("report", "run", "--out", "no/page.html", status=2).stderr
+
+
+@pytest.mark.parametrize("width", [1280, 500])
+def test_the_page_is_no_wider_than_the_window(both: Report, tmp_path: Path, width: int) -> None:
+    (tmp_path / "report.html").write_text(
+        both.html + "<script>document.title = document.documentElement.scrollWidth + ' of ' + innerWidth</script>"
+    )
+    html = page((tmp_path / "report.html").as_uri(), tmp_path / "browser", width)
+    found = re.search(r"<title>(\d+) of (\d+)</title>", html)
+    assert found is not None
+    assert int(found[1]) <= int(found[2])
