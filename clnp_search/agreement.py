@@ -6,16 +6,18 @@ anything is built on it. What is written down by hand is not trusted more than w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from clnp_search import selection
 from clnp_search.config import ForgettingConfig, Sweep
 from clnp_search.errors import InputError
 from clnp_search.records import PointRecord, ScanRecord, Selection, TaskPlan, Units
-from clnp_search.search.points import point_key
+from clnp_search.search.points import point_key, retrained, round_plan
 from clnp_search.storage import RunFolder
 from clnp_search.tasks import Task
+
+KEEP_ALL = -1.0  # below every activity
 
 
 def check_sweep(folder: RunFolder, sweep: Sweep) -> None:
@@ -55,33 +57,84 @@ def check_plan(folder: RunFolder, plan: TaskPlan, sweep: Sweep, parent: str, dat
         raise InputError(f"{where}: the keys of its points are not those of its settings; its plan was changed")
 
 
-def recorded_choice(
-    folder: RunFolder, plan: TaskPlan, rules: ForgettingConfig
-) -> tuple[list[PointRecord], list[ScanRecord], Selection]:
+@dataclass(frozen=True)
+class Chosen:
+    """What a task has chosen, and from what.
+
+    Args:
+        records: All its points, as the search has trained them.
+        scans: Of the candidates; after fine-tuning, what they have come to.
+        kept: The record of the chosen point, after its last fine-tune round if there is one.
+    """
+
+    records: list[PointRecord]
+    scans: list[ScanRecord]
+    choice: Selection
+    kept: PointRecord
+
+    @property
+    def scan(self) -> ScanRecord:
+        """Of the chosen point."""
+        return next(scan for scan in self.scans if scan.point == self.choice.chosen)
+
+    def theta(self, groups: Iterable[str]) -> dict[str, float]:
+        """For each group, above which activity its units are committed; a retrained model is, as it is."""
+        assert self.scan.theta is not None, "chosen points have a theta"
+        return dict.fromkeys(groups, KEEP_ALL) if self.kept.round else dict(zip(groups, self.scan.theta, strict=True))
+
+
+def recorded_choice(folder: RunFolder, plan: TaskPlan, rules: ForgettingConfig) -> Chosen:
     """The records and scans of a task that has chosen, and the choice as it follows from them.
 
     Raises:
         RuntimeError: A record or a scan is missing or is of something else, or `selection.json` says another choice.
     """
-    where = f"{folder.uri}: task {plan.task}"
-    records, scans = [], []
-    for point, key in zip(plan.points, plan.keys, strict=True):
-        record = folder.read_point(plan.task, point.name)
-        if record is None or (record.key, record.point) != (key, point):
-            raise RuntimeError(f"{where}: the record of {point.name} is {'of another point' if record else 'missing'}")
-        records.append(record)
+    records = last = _recorded(folder, plan)
     limit, inside = selection.candidates(records, rules.margin)
-    for record in inside:
-        scan = folder.read_scan(plan.task, record.point.index, f"{rules.theta}-{limit}")
-        if scan is None or not scan.is_of(record, rules.theta, limit):
-            what = "of other parameters or another rule" if scan else "missing"
-            raise RuntimeError(f"{where}: the scan of {record.point.name} is {what}")
-        scans.append(scan)
+    scans = _recorded_scans(folder, plan, inside, rules.theta, limit)
+    for number in range(1, rules.finetune_rounds + 1):
+        passing = tuple(scan.point for scan in scans if scan.theta is not None)
+        plan = round_plan(plan, scans, rules.finetune_epochs, (passing,))
+        last = _recorded(folder, plan)
+        if number < rules.finetune_rounds:
+            done = [record for record in last if record.status == "done"]
+            scans = _recorded_scans(folder, plan, done, rules.theta, limit)
+        else:
+            before = {scan.point: scan for scan in scans}
+            scans = [retrained(before[record.point.index], record) for record in last]
     choice = selection.choose(records, scans, rules.margin, rules.sparsity)
     if folder.read_selection(plan.task) is None:
-        raise RuntimeError(f"{where}: selection.json is missing")
+        raise RuntimeError(f"{folder.uri}: task {plan.task}: selection.json is missing")
     check_selection(folder, plan.task, choice)
-    return records, scans, choice
+    return Chosen(records, scans, choice, next(record for record in last if record.point.index == choice.chosen))
+
+
+def _recorded(folder: RunFolder, plan: TaskPlan) -> list[PointRecord]:
+    """The records of a plan's points."""
+    records = []
+    for point in plan.trained:
+        name = point.name_in(plan.round)
+        record = folder.read_point(plan.task, name)
+        if record is None or (record.key, record.point) != (plan.keys[point.index], point):
+            what = "of another point" if record else "missing"
+            raise RuntimeError(f"{folder.uri}: task {plan.task}: the record of {name} is {what}")
+        records.append(record)
+    return records
+
+
+def _recorded_scans(
+    folder: RunFolder, plan: TaskPlan, records: Sequence[PointRecord], rule: str, limit: int
+) -> list[ScanRecord]:
+    """The scans of some of a plan's points."""
+    scans = []
+    for record in records:
+        scan = folder.read_scan(plan.task, record.point.index, rule, limit, plan.round)
+        if scan is None or not scan.is_of(record, rule, limit):
+            what = "of other parameters or another rule" if scan else "missing"
+            name = record.point.name_in(plan.round)
+            raise RuntimeError(f"{folder.uri}: task {plan.task}: the scan of {name} is {what}")
+        scans.append(scan)
+    return scans
 
 
 def check_selection(folder: RunFolder, task: int, choice: Selection) -> None:

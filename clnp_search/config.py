@@ -59,6 +59,15 @@ def _parse_margin(value: Any) -> Any:
     return value
 
 
+def _parse_share(value: Any) -> Any:
+    if isinstance(value, str) and value.strip().endswith("%"):
+        try:
+            return float(value.strip().removesuffix("%")) / 100
+        except ValueError:
+            raise ValueError("write a percentage such as 25%, or a fraction such as 0.25") from None
+    return value
+
+
 def _check_alpha(value: Any) -> Any:
     values = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else [value]
     numbers = [each for each in values if isinstance(each, int | float) and not isinstance(each, bool)]
@@ -361,6 +370,11 @@ class TrainingConfig(_Section):
     """Acts on free parameters only."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Of sgd."""
+    l1: Literal["subgradient", "proximal"] = "subgradient"
+    """How the L1 penalty acts: by its sub-gradient, as in the paper, or by soft thresholds after each step."""
+    l1_scales: NonNegative = 1.0
+    """L1 on the scales of normalisation layers, as a multiple of alpha; a normalised layer does not feel the size of its
+    weights, so that L1 on them alone empties no unit."""
     precision: Literal["float32", "tf32", "bf16"] = "float32"
     """Of the matrix products; parameters and optimizer state stay float32. tf32 equals float32 on a CPU."""
 
@@ -397,17 +411,29 @@ class ForgettingConfig(_Section):
     """One activity threshold for all layers, or one for each."""
     sparsity: Literal["units", "weights", "scarcest_layer"] = "units"
     """What the chosen model has most of: free units, free weights, or free units in its fullest layer."""
-    finetune_rounds: Literal[0] = 0
-    """Rounds of prune and retrain; only 0 in this version."""
+    finetune_rounds: Annotated[int, Field(ge=0)] = 0
+    """Rounds of prune and retrain, for every candidate; each is held to the margin of the model before pruning."""
     finetune_epochs: Annotated[int, Field(ge=0)] = 0
     """Epochs of each round."""
+
+    @model_validator(mode="after")
+    def _rounds_have_epochs(self) -> ForgettingConfig:
+        if (self.finetune_rounds > 0) != (self.finetune_epochs > 0):
+            raise ValueError(
+                f"finetune_rounds: {self.finetune_rounds} and finetune_epochs: {self.finetune_epochs} go together; "
+                "set both, or neither"
+            )
+        return self
 
 
 class CapacityConfig(_Section):
     """What happens when a layer has no free unit left."""
 
-    on_depletion: Literal["continue", "stop"] = "continue"
-    """Go on (a full network still trains new heads on its features), or end the sequence."""
+    on_depletion: Literal["continue", "stop", "expand"] = "continue"
+    """Go on (a full network still trains new heads on its features), end the sequence, or widen each full group before
+    the next task."""
+    expand_by: Annotated[float, BeforeValidator(_parse_share), Field(gt=0, le=10)] = 0.25
+    """By how much a full group is widened: '25%' or 0.25 of its units."""
 
 
 class ResourcesConfig(_Section):
@@ -580,6 +606,8 @@ class Sweep(_Section):
             "search": self.search.model_dump(mode="json", include={"tasks", "alpha", "learning_rate"}),
             "forgetting": self.forgetting.model_dump(mode="json"),
         }
+        if self.capacity.on_depletion == "expand":
+            dump["capacity"] = self.capacity.model_dump(mode="json")
         return dict(_flatten(dump))
 
     def differences(self, recorded: Sweep) -> list[str]:

@@ -31,6 +31,10 @@ class Point:
         """The point's name in files and tables, for example `p003`."""
         return f"p{self.index:03d}"
 
+    def name_in(self, round: int) -> str:
+        """Its name in the files of a fine-tune round; in round 0, the search itself, its own."""
+        return f"{self.name}-round{round}" if round else self.name
+
 
 @dataclass(frozen=True)
 class Environment:
@@ -51,6 +55,8 @@ class TaskPlan:
         points: The grid, in order.
         keys: For each point, the hash of everything that its result depends on.
         packs: For each pack, the indices of its points.
+        round: Of fine-tuning; 0 for the search itself. A round trains some of the points again, those in its packs.
+        cuts: For each point of a round, the theta of each group above which its units are kept.
         settings: The sweep's settings that decide the task's results and choice (`Sweep.settings`).
         data_digest: SHA-256 of the task's data.
         numerics: The `NUMERICS` of the code that the points are trained with.
@@ -64,10 +70,17 @@ class TaskPlan:
     keys: tuple[str, ...]
     packs: tuple[tuple[int, ...], ...]
     environment: Environment
+    round: int = 0
+    cuts: dict[int, tuple[float, ...]] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     data_digest: str = ""
     numerics: int = 0
     started: float = 0.0
+
+    @property
+    def trained(self) -> tuple[Point, ...]:
+        """The points that are in a pack, in order."""
+        return tuple(self.points[index] for index in sorted(index for pack in self.packs for index in pack))
 
 
 @dataclass(frozen=True)
@@ -127,6 +140,7 @@ class PointRecord:
         val_correct: Validation samples that the unpruned network gets right, of `val_total`.
         seconds: The point's share of its pack's training time.
         parameters_sha256: Of the file of its parameters; empty if it failed.
+        round: Of fine-tuning, of which this is the end; 0 for the search itself.
         started, ended: When its pack was trained, in seconds since 1970; 0 if it was not recorded.
     """
 
@@ -142,6 +156,7 @@ class PointRecord:
     parameters_sha256: str = ""
     started: float = 0.0
     ended: float = 0.0
+    round: int = 0
 
     @property
     def val_accuracy(self) -> float:
@@ -176,6 +191,8 @@ class ScanRecord:
             (only with one theta for each layer).
         rule, min_correct: What the scan was asked: one theta or one a layer, and the limit in right samples.
         key, parameters_sha256: The point record's, whose parameters were scanned.
+        round: Of fine-tuning, after which they were. After the last one nothing is pruned any more: theta is still what
+            the round before pruned at, and the accuracy that of the retrained model.
     """
 
     point: int
@@ -192,6 +209,7 @@ class ScanRecord:
     min_correct: int = 0
     key: str = ""
     parameters_sha256: str = ""
+    round: int = 0
 
     def is_of(self, record: PointRecord, rule: str, min_correct: int) -> bool:
         """Whether this is the scan of that record's parameters, by that rule and limit."""

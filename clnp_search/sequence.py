@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from clnp_search import selection
-from clnp_search.agreement import check_commit, check_plan, check_selection, check_sweep, recorded_choice
+from clnp_search.agreement import Chosen, check_commit, check_plan, check_selection, check_sweep, recorded_choice
 from clnp_search.clnp.seeds import generator
 from clnp_search.clnp.state import FREE, Architecture, Parameters, State, commit
 from clnp_search.clnp.subnetwork import Subnetwork, subnetworks
@@ -44,6 +45,8 @@ from clnp_search.search.points import (
     grid,
     pack_points,
     point_key,
+    retrained,
+    round_plan,
 )
 from clnp_search.search.trial import RunInputs
 from clnp_search.storage import RunFolder
@@ -125,6 +128,15 @@ class TaskSequence:
         seed = generator(self.sweep.seed, "init", index).initial_seed()
         return self.sweep.draw(self.scenario.input_shape, seed)
 
+    def start_of(self, index: int, state: State) -> State:
+        """The state that the task at `index` starts from: the one after the task before, wider where it was full."""
+        capacity = self.sweep.capacity
+        full = [group for group, free in state.free.items() if group in state.born and not len(free)]
+        if index == 0 or capacity.on_depletion != "expand" or not full:
+            return state
+        widths = {group: len(state.born[group]) for group in full}
+        return state.widened({group: units + math.ceil(units * capacity.expand_by) for group, units in widths.items()})
+
     def empty_state(self) -> State:
         """The state before the first task."""
         return State.empty(self.architecture)
@@ -195,7 +207,7 @@ class Runner:
         summary = self._write_summary(results, state)
         try:
             while summary.status == "running":
-                started = time.perf_counter()
+                started, state = time.perf_counter(), self._sequence.start_of(len(results), state)
                 result, state = yield from self._run_task(len(results), state)
                 results = (*results, result)
                 summary = self._write_summary(results, state)
@@ -211,8 +223,12 @@ class Runner:
         """Holds the plans so far, also of committed tasks, against the sweep, the data and one another."""
         folder = self._folder
         check_sweep(folder, self._sweep)
-        digests = [self._sequence.empty_state().digest, *(result.state_digest for result in results)]
-        plans = [self._sequence.read_plan(folder, index, digest) for index, digest in enumerate(digests)]
+        plans = []
+        for index in range(len(results) + 1):
+            parent = results[index - 1].state_digest if index else self._sequence.empty_state().digest
+            if index and self._sweep.capacity.on_depletion == "expand":
+                parent = self._sequence.start_of(index, folder.read_state(index - 1)).digest
+            plans.append(self._sequence.read_plan(folder, index, parent))
         *committed, begun = plans
         if None in committed:
             raise RuntimeError(f"{folder.uri}: task {committed.index(None)}: plan.json is missing")
@@ -230,6 +246,7 @@ class Runner:
                 folder=self._folder.uri,
                 scenario=sequence.scenario,
                 settings=sweep.training.settings,
+                finetune_epochs=sweep.forgetting.finetune_epochs,
                 seed=sweep.seed,
                 graph=sequence.architecture.graph,
                 augment=sweep.scenario.augment.settings,
@@ -242,19 +259,29 @@ class Runner:
         plan = self._plan(index, state)
         inputs = self._cluster.share((plan, state, self._sequence.drawn(index)))
         records = yield from self._train(plan, inputs)
-        scans = self._scan(index, inputs, records)
-        choice = selection.choose(records, scans, sweep.forgetting.margin, sweep.forgetting.sparsity)
+        limit, inside = selection.candidates(records, sweep.forgetting.margin)
+        rounds = [self._scan(plan, inputs, inside, limit)]
+        last = records
+        for number in range(1, sweep.forgetting.finetune_rounds + 1):
+            plan = self._round(plan, rounds[-1], state)
+            inputs = self._cluster.share((plan, state, None))
+            last = yield from self._train(plan, inputs)
+            if number < sweep.forgetting.finetune_rounds:
+                done = [record for record in last if record.status == "done"]
+                rounds.append(self._scan(plan, inputs, done, limit))
+            else:
+                before = {scan.point: scan for scan in rounds[-1]}
+                rounds.append([retrained(before[record.point.index], record) for record in last])
+        choice = selection.choose(records, rounds[-1], sweep.forgetting.margin, sweep.forgetting.sparsity)
         check_selection(folder, index, choice)
-        scan = next(scan for scan in scans if scan.point == choice.chosen)
-        record = next(record for record in records if record.point.index == choice.chosen)
-        assert scan.theta is not None
+        kept = next(record for record in last if record.point.index == choice.chosen)
+        chosen = Chosen(records, rounds[-1], choice, kept)
         data = self._sequence.data(index)
-        theta = dict(zip(state.graph.groups, scan.theta, strict=True))
-        after = commit(state, data.info, folder.read_trained(index, record), theta)
+        after = commit(state, data.info, folder.read_trained(index, kept), chosen.theta(state.graph.groups))
         subnetwork = Subnetwork(after, index)
-        check_commit(count_units(after), num_correct(subnetwork, data.validation), scan)
+        check_commit(count_units(after), num_correct(subnetwork, data.validation), chosen.scan)
         folder.write_selection(index, choice)
-        self._write_tables(index, records, scans, choice, tuple(state.graph.groups))
+        self._write_tables(index, records, rounds, choice, tuple(state.graph.groups))
         state_sha256 = folder.write_state(index, after)
         accuracies = tuple(test_accuracies(self._sequence, after))
         result = TaskResult(
@@ -262,7 +289,7 @@ class Runner:
             name=plan.name,
             best_val_accuracy=choice.best_val_accuracy,
             margin=choice.margin,
-            selected=selected(record.point, scan),
+            selected=selected(kept.point, chosen.scan),
             test_accuracy=accuracies[-1],
             test_accuracies=accuracies,
             units=count_units(after),
@@ -300,6 +327,16 @@ class Runner:
         self._folder.write_plan(plan)
         return plan
 
+    def _round(self, plan: TaskPlan, scans: Sequence[ScanRecord], state: State) -> TaskPlan:
+        """The next fine-tune round: what it trains follows from what is recorded, and so does it on a resume."""
+        passing = [plan.points[scan.point] for scan in scans if scan.theta is not None]
+        if not passing:
+            raise RuntimeError(
+                f"task {plan.task}: no candidate stays inside the margin; a larger forgetting.margin would admit one"
+            )
+        packs = self._packs(passing, plan.task, state)
+        return round_plan(plan, scans, self._sweep.forgetting.finetune_epochs, packs)
+
     def _packs(self, points: Sequence[Point], index: int, state: State) -> tuple[tuple[int, ...], ...]:
         memory = self._sequence.memory(state, index)
         return plan_packs(self._sweep, points, memory, self._cluster.capacity.num_slots, self._cluster.slot_bytes)
@@ -320,38 +357,38 @@ class Runner:
         from clnp_search.search.tuning import Packs  # not above: most commands do without Tune, whose import is slow
 
         folder = self._folder
-        finished = [record for point in plan.points if (record := self._recorded(plan, point)) is not None]
+        finished = [record for point in plan.trained if (record := self._recorded(plan, point)) is not None]
         recorded = {record.point.index for record in finished}
         for listener in self._listeners:
             listener.task_planned(plan, finished)
         missing = tuple(index for index, pack in enumerate(plan.packs) if not recorded.issuperset(pack))
         if missing:
             yield Packs(plan.task, missing, inputs)
-        records = [record for point in plan.points if (record := folder.read_point(plan.task, point.name)) is not None]
-        if len(records) < len(plan.points):
+        names = [point.name_in(plan.round) for point in plan.trained]
+        records = [record for name in names if (record := folder.read_point(plan.task, name)) is not None]
+        if len(records) < len(names):
             raise RuntimeError(f"task {plan.task}: a trial ended without a record of every point")
         for listener in self._listeners:
             listener.points_finished(records)
         return records
 
     def _recorded(self, plan: TaskPlan, point: Point) -> PointRecord | None:
-        record = self._folder.read_point(plan.task, point.name)
+        name = point.name_in(plan.round)
+        record = self._folder.read_point(plan.task, name)
         if record is not None and record.key != plan.keys[point.index]:
-            raise InputError(f"{self._folder.uri}: task {plan.task}, {point.name}: the record is of another point")
+            raise InputError(f"{self._folder.uri}: task {plan.task}, {name}: the record is of another point")
         return record
 
     def _training(self, progress: PackProgress) -> None:
         for listener in self._listeners:
             listener.training(progress)
 
-    def _scan(self, task: int, inputs: ObjectRef, records: Sequence[PointRecord]) -> list[ScanRecord]:
+    def _scan(self, plan: TaskPlan, inputs: ObjectRef, inside: Sequence[PointRecord], limit: int) -> list[ScanRecord]:
         """A threshold scan of every candidate; some may be recorded already."""
-        rule = self._sweep.forgetting.theta
-        limit, inside = selection.candidates(records, self._sweep.forgetting.margin)
-        fingerprint = f"{rule}-{limit}"
+        rule, task = self._sweep.forgetting.theta, plan.task
         scans, missing = [], []
         for record in inside:
-            scan = self._folder.read_scan(task, record.point.index, fingerprint)
+            scan = self._folder.read_scan(task, record.point.index, rule, limit, plan.round)
             if scan is not None and scan.is_of(record, rule, limit):
                 scans.append(scan)
                 continue
@@ -362,7 +399,7 @@ class Runner:
             missing.append(record.point)
         retries = self._sweep.search.max_failures
         for scan in self._cluster.scan(self._shared, inputs, missing, limit, rule, retries):
-            self._folder.write_scan(task, scan, fingerprint)
+            self._folder.write_scan(task, scan)
             scans.append(scan)
             for listener in self._listeners:
                 listener.scanned(len(scans), len(inside))
@@ -372,11 +409,21 @@ class Runner:
         self,
         task: int,
         records: Sequence[PointRecord],
-        scans: Sequence[ScanRecord],
+        rounds: Sequence[Sequence[ScanRecord]],
         choice: Selection,
         layers: Sequence[str],
     ) -> None:
-        passing = {scan.point: scan for scan in scans if scan.theta is not None}
+        """Writes what the choice can be redone from; `rounds` are the scans before and after each fine-tune round."""
+        passing = {scan.point: scan for scan in rounds[-1] if scan.theta is not None}
+        steps = {
+            record.point.index: [
+                {"theta": scan.theta, "val_accuracy": scan.val_accuracy}
+                for scans in rounds
+                for scan in scans
+                if scan.point == record.point.index
+            ]
+            for record in records
+        }
         rows = []
         for record in records:
             scan = passing.get(record.point.index)
@@ -392,10 +439,11 @@ class Runner:
                     "unit_sparsity": scan.unit_sparsity if scan else "",
                     "selected": record.point.index == choice.chosen,
                     "status": record.status,
+                    **({"rounds": json.dumps(steps[record.point.index])} if len(rounds) > 1 else {}),
                 }
             )
         self._folder.write_points_table(task, rows)
-        for scan in scans:
+        for scan in rounds[0]:
             name = next(record.point.name for record in records if record.point.index == scan.point)
             self._folder.write_curve(task, name, scan.curve, layers)
             for layer, curve in enumerate(scan.layer_curves):
@@ -430,8 +478,7 @@ def reused_point(folder: RunFolder, sweep: Sweep, index: int) -> Point | None:
         return None
     first = folder.read_plan(0)
     assert first is not None, "task 0 is committed"
-    _, _, choice = recorded_choice(folder, first, sweep.forgetting)
-    return first.points[choice.chosen]
+    return first.points[recorded_choice(folder, first, sweep.forgetting).choice.chosen]
 
 
 def selected(point: Point, scan: ScanRecord) -> Selected:

@@ -193,7 +193,7 @@ class RunFolder:
 
         The record is written last, so that where it stands the parameters are whole.
         """
-        path = f"{_task(task)}/points/{record.point.name}"
+        path = f"{_task(task)}/points/{record.point.name_in(record.round)}"
         if trained is not None:
             data = trained.to_bytes()
             self.write(f"{path}.safetensors", data)
@@ -226,16 +226,16 @@ class RunFolder:
         """
         from clnp_search.clnp.state import FreeParameters
 
-        path = f"{_task(task)}/points/{record.point.name}.safetensors"
+        path = f"{_task(task)}/points/{record.point.name_in(record.round)}.safetensors"
         return self._read_tensors(path, record.parameters_sha256, FreeParameters.from_bytes)
 
-    def write_scan(self, task: int, record: ScanRecord, fingerprint: str) -> None:
-        """Records a threshold scan; `fingerprint` names the rule that it followed. An older one is replaced."""
-        self.write(f"{_task(task)}/scans/{record.point:03d}-{fingerprint}.json", _to_json(record))
+    def write_scan(self, task: int, record: ScanRecord) -> None:
+        """Records a threshold scan. An older one by the same rule and limit is replaced."""
+        self.write(_scan(task, record.point, record.rule, record.min_correct, record.round), _to_json(record))
 
-    def read_scan(self, task: int, point: int, fingerprint: str) -> ScanRecord | None:
-        """A threshold scan that followed the rule `fingerprint`, or None."""
-        return self._read_record(f"{_task(task)}/scans/{point:03d}-{fingerprint}.json", ScanRecord)
+    def read_scan(self, task: int, point: int, rule: str, min_correct: int, round: int = 0) -> ScanRecord | None:
+        """A point's threshold scan by a rule and a limit, after a fine-tune round or before any, or None."""
+        return self._read_record(_scan(task, point, rule, min_correct, round), ScanRecord)
 
     def write_selection(self, task: int, selection: Selection) -> None:
         """Records a task's choice with its reasons."""
@@ -379,6 +379,11 @@ def join_uri(storage: str, name: str) -> str:
 
 def _task(task: int) -> str:
     return f"tasks/{task:03d}"
+
+
+def _scan(task: int, point: int, rule: str, min_correct: int, round: int) -> str:
+    after = f"-round{round}" if round else ""
+    return f"{_task(task)}/scans/{point:03d}-{rule}-{min_correct}{after}.json"
 
 
 def _figures(task: int | None) -> str:

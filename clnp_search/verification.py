@@ -13,12 +13,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from clnp_search.agreement import check_commit, recorded_choice
+from clnp_search.agreement import Chosen, check_commit, recorded_choice
 from clnp_search.clnp.state import FreeParameters, State, commit
 from clnp_search.clnp.subnetwork import Subnetwork
 from clnp_search.config import sweep_of
 from clnp_search.errors import InputError
-from clnp_search.records import ScanRecord, TaskPlan, TaskResult, summarise
+from clnp_search.records import TaskPlan, TaskResult, summarise
 from clnp_search.search.points import grid
 from clnp_search.sequence import TaskSequence, count_units, num_correct, reused_point, selected
 from clnp_search.storage import RunFolder
@@ -106,14 +106,18 @@ class _Proof:
 
     def _check_task(self, task: int, before: State | None) -> State | None:
         """Checks that a task's files follow from one another and from the state before; gives the state after."""
-        checks = self._checks
-        plan = checks.of(task, "plan is of this sweep, these data and the state before", partial(self._plan, task))
+        checks, parent = self._checks, self._digests[task]
+        if before is not None:
+            before = self._sequence.start_of(task, before)
+            parent = before.digest
+        find_plan = partial(self._plan, task, parent)
+        plan = checks.of(task, "plan is of this sweep, these data and the state before", find_plan)
         kept = plan and checks.of(task, "choice follows from points and scans", partial(self._choice, plan))
         state = checks.of(task, "state is readable", partial(self._folder.read_state, task))
         if state is None:
             return None
         checks.equal(task, "state digest", state.digest, self._results[task].state_digest)
-        checks.equal(task, "parent digest", state.parent, self._digests[task])
+        checks.equal(task, "parent digest", state.parent, parent)
         checks.of(task, "cut weights are zero, all is finite", partial(self._faults, state))
         checks.of(task, "subnetworks of all tasks so far", partial(self._subnetworks, task, state))
         if kept and before:
@@ -134,23 +138,23 @@ class _Proof:
         if faults := state.faults():
             raise ValueError("; ".join(faults))
 
-    def _plan(self, task: int) -> TaskPlan:
+    def _plan(self, task: int, parent: str) -> TaskPlan:
         sweep, layers = self._sequence.sweep, self._empty.graph.layers
-        plan = self._sequence.read_plan(self._folder, task, self._digests[task])
+        plan = self._sequence.read_plan(self._folder, task, parent)
         if plan is None:
             raise ValueError("plan.json is missing")
         if plan.points != grid(sweep, reused_point(self._folder, sweep, task), layers):
             raise ValueError("its points are not the sweep's grid")
         return plan
 
-    def _choice(self, plan: TaskPlan) -> tuple[FreeParameters, ScanRecord]:
-        """The parameters that a task kept, and their scan."""
+    def _choice(self, plan: TaskPlan) -> tuple[FreeParameters, Chosen]:
+        """The parameters that a task kept, and how they were chosen."""
         result = self._results[plan.task]
-        records, scans, choice = recorded_choice(self._folder, plan, self._sequence.sweep.forgetting)
+        chosen = recorded_choice(self._folder, plan, self._sequence.sweep.forgetting)
+        records, choice, scan = chosen.records, chosen.choice, chosen.scan
         for record in records:
             if record.status == "done":
                 self._folder.read_trained(plan.task, record)
-        scan = next(scan for scan in scans if scan.point == choice.chosen)
         expected = replace(
             result,
             index=plan.task,
@@ -163,7 +167,7 @@ class _Proof:
         )
         if result != expected or len(result.test_accuracies) != plan.task + 1:
             raise ValueError("result.json says something else")
-        return self._folder.read_trained(plan.task, records[choice.chosen]), scan
+        return self._folder.read_trained(plan.task, chosen.kept), chosen
 
     def _subnetworks(self, task: int, state: State) -> None:
         for earlier in range(task + 1):
@@ -187,16 +191,14 @@ class _Proof:
             if result.test_accuracies[task] != accuracy:
                 raise ValueError(f"{accuracy:.6f}, but {result.test_accuracies[task]:.6f} after task {result.index}")
 
-    def _commit(self, task: int, before: State, state: State, trained: FreeParameters, scan: ScanRecord) -> None:
+    def _commit(self, task: int, before: State, state: State, trained: FreeParameters, chosen: Chosen) -> None:
         data = self._sequence.data(task)
-        assert scan.theta is not None, "chosen points have a theta"
-        theta = dict(zip(before.graph.groups, scan.theta, strict=True))
-        if commit(before, data.info, trained, theta).digest != state.digest:
+        if commit(before, data.info, trained, chosen.theta(before.graph.groups)).digest != state.digest:
             raise ValueError("the chosen parameters, pruned at the chosen theta, give another state")
         units = count_units(state)
         if units != self._results[task].units:
             raise ValueError(f"result.json counts other units: {self._results[task].units} instead of {units}")
-        check_commit(units, num_correct(Subnetwork(state, task), data.validation), scan)
+        check_commit(units, num_correct(Subnetwork(state, task), data.validation), chosen.scan)
 
     def _summary(self) -> None:
         summary = self._folder.read_summary()

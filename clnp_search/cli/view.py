@@ -71,12 +71,15 @@ class LiveView(Listener):
 
     def task_planned(self, plan: TaskPlan, finished: Sequence[PointRecord]) -> None:
         """Shows the task."""
-        self._plan, self._stage, self._task_started = plan, "training", time.monotonic()
+        rounds = self._sweep.forgetting.finetune_rounds
+        self._stage = f"fine-tuning, round {plan.round} of {rounds}" if plan.round else "training"
+        self._plan, self._task_started = plan, time.monotonic()
         self._records, self._progress = {record.point.index: record for record in finished}, PackProgress({})
         self._share_before = self._share()
         note = f", {len(finished)} of them finished before" if finished else ""
-        points, packs = _count(len(plan.points), "point"), _count(len(plan.packs), "pack")
-        self._line(f"{self._task()} ({plan.name}): {points} in {packs}{note}{self._left('; ')}")
+        points, packs = _count(len(plan.trained), "point"), _count(len(plan.packs), "pack")
+        stage = f"{self._stage}: " if plan.round else ""
+        self._line(f"{self._task()} ({plan.name}): {stage}{points} in {packs}{note}{self._left('; ')}")
         self._say_tracking()
 
     def training(self, progress: PackProgress) -> None:
@@ -140,22 +143,28 @@ class LiveView(Listener):
         assert self._plan is not None
         return f"task {self._plan.task} of {self._num_tasks}"
 
+    @property
+    def _num_epochs(self) -> int:
+        """Of each point, in the search or in a fine-tune round."""
+        in_round = self._plan is not None and self._plan.round
+        return self._sweep.forgetting.finetune_epochs if in_round else self._sweep.training.epochs
+
     def _epochs(self, point: int) -> int:
         """Finished epochs of a point of this task."""
         if point in self._records:
-            return self._sweep.training.epochs
+            return self._num_epochs
         return self._progress.epochs_done.get(point, 0)
 
     def _share(self) -> float:
         """Of this task's training, what is done."""
         if self._plan is None:
             return 0.0
-        done = sum(self._epochs(point.index) for point in self._plan.points)
-        return done / (self._sweep.training.epochs * len(self._plan.points))
+        done = sum(self._epochs(point.index) for point in self._plan.trained)
+        return done / (self._num_epochs * len(self._plan.trained))
 
     def _trained(self) -> str:
         assert self._plan is not None
-        points, epochs = self._plan.points, self._sweep.training.epochs
+        points, epochs = self._plan.trained, self._num_epochs
         trained = sum(self._epochs(point.index) == epochs for point in points)
         return f"{trained} of {_count(len(points), 'point')} trained, {self._share():.0%} of the epochs"
 
@@ -181,7 +190,7 @@ class LiveView(Listener):
         if self._plan is None:
             return ""
         elapsed, share = time.monotonic() - self._task_started, self._share()
-        points = len(self._plan.points) * (1 - self._share_before)  # that were left to train
+        points = len(self._plan.trained) * (1 - self._share_before)  # that were left to train
         if share < 1 and share - self._share_before > 0.05:
             rest = elapsed * (1 - share) / (share - self._share_before)
         elif self._point_s is not None:

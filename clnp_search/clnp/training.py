@@ -74,7 +74,7 @@ class Training:
         validation: Features,
         settings: TrainingSettings,
         seed: int,
-        task: int,
+        task: int | str,
     ) -> None:
         self.epoch = 0
         self.history: list[list[Epoch]] = []

@@ -84,8 +84,8 @@ def draw_task(folder: RunFolder, run: str, result: TaskResult) -> dict[str, Figu
     plan, selection = folder.read_plan(task), folder.read_selection(task)
     if plan is None or selection is None:
         return {}
-    fingerprint = f"{sweep_of(folder).forgetting.theta}-{selection.min_correct}"
-    scans = [scan for each in selection.candidates if (scan := folder.read_scan(task, each, fingerprint)) is not None]
+    asked = sweep_of(folder).forgetting.theta, selection.min_correct
+    scans = [scan for each in selection.candidates if (scan := folder.read_scan(task, each, *asked)) is not None]
     if all(scan.point != selection.chosen for scan in scans):
         return {}
     records = [record for point in plan.points if (record := folder.read_point(task, point.name)) is not None]

@@ -7,13 +7,13 @@ import itertools
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 from clnp_search.clnp.graph import INPUT, Graph
 from clnp_search.clnp.pack import CACHE_BYTES, LARGEST_BATCH, evaluation_batch, microbatch
 from clnp_search.config import Sweep
-from clnp_search.records import Point
+from clnp_search.records import Point, PointRecord, ScanRecord, TaskPlan
 from clnp_search.tasks import Task
 
 if TYPE_CHECKING:
@@ -66,6 +66,42 @@ def point_key(
         "learning_rate": point.learning_rate,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def round_plan(
+    plan: TaskPlan, scans: Sequence[ScanRecord], finetune_epochs: int, packs: tuple[tuple[int, ...], ...]
+) -> TaskPlan:
+    """The next fine-tune round of a task: the points whose scans have passed, pruned at their thresholds.
+
+    Args:
+        plan: Of the round before.
+        scans: After that round.
+        packs: Of the points that have passed.
+    """
+    cuts = {scan.point: scan.theta for scan in scans if scan.theta is not None}
+    keys = list(plan.keys)
+    for point, theta in cuts.items():
+        parts = (plan.keys[point], plan.round + 1, theta, finetune_epochs)
+        keys[point] = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    return replace(plan, round=plan.round + 1, cuts=cuts, keys=tuple(keys), packs=packs)
+
+
+def retrained(scan: ScanRecord, record: PointRecord) -> ScanRecord:
+    """What a point has come to after its last fine-tune round.
+
+    Args:
+        scan: By which it was pruned before that round.
+        record: Of the round's end.
+    """
+    inside = record.status == "done" and record.val_correct >= scan.min_correct
+    return replace(
+        scan,
+        theta=scan.theta if inside else None,
+        val_correct=record.val_correct,
+        round=record.round,
+        key=record.key,
+        parameters_sha256=record.parameters_sha256,
+    )
 
 
 def pack_name(keys: Sequence[str]) -> str:

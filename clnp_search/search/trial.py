@@ -16,7 +16,7 @@ from clnp_search.clnp.graph import Graph
 from clnp_search.clnp.initial import draw, overlaid
 from clnp_search.clnp.pack import Features, Pack
 from clnp_search.clnp.scan import Candidate, scan
-from clnp_search.clnp.state import Parameters, State
+from clnp_search.clnp.state import FreeParameters, Parameters, State
 from clnp_search.clnp.training import Training, TrainingSettings
 from clnp_search.records import Epoch, Point, PointRecord, ScanRecord, TaskPlan
 from clnp_search.search.points import pack_name
@@ -53,6 +53,7 @@ class RunInputs:
     folder: str
     scenario: Scenario
     settings: TrainingSettings
+    finetune_epochs: int
     seed: int
     graph: Graph
     augment: dict[str, Any] = field(default_factory=dict)
@@ -76,6 +77,20 @@ class TaskInputs:
         graph = self.state.graph
         initial = draw(self.state, self.data().info.num_classes, self.run.seed)
         return initial if self.drawn is None else overlaid(initial, graph, self.drawn, self.run.graph)
+
+    def pruned(self, point: Point) -> FreeParameters:
+        """What a fine-tune round starts from: the parameters of the round before that its threshold has left."""
+        folder, task, plan = RunFolder(self.run.folder), self.plan.task, self.plan
+        record = folder.read_point(task, point.name_in(plan.round - 1))
+        assert record is not None, "a round comes after the one before"
+        theta = dict(zip(self.state.graph.groups, plan.cuts[point.index], strict=True))
+        return folder.read_trained(task, record).pruned(self.state.graph, theta)
+
+    @property
+    def settings(self) -> TrainingSettings:
+        """Of the search, or of a fine-tune round."""
+        settings = self.run.settings
+        return replace(settings, epochs=self.run.finetune_epochs) if self.plan.round else settings
 
     def data(self) -> TaskData:
         """The task's samples."""
@@ -108,8 +123,9 @@ def train_pack(inputs: TaskInputs, points: Sequence[Point], notes: tuple[str, ..
         return
     except PointFault as fault:
         if len(points) == 1:
-            record = PointRecord(inputs.plan.keys[points[0].index], points[0], "failed", 0, 0, reason=str(fault))
-            RunFolder(inputs.run.folder).write_point(inputs.plan.task, replace(record, notes=notes), None)
+            plan, (point,) = inputs.plan, points
+            record = PointRecord(plan.keys[point.index], point, "failed", 0, 0, reason=str(fault), round=plan.round)
+            RunFolder(inputs.run.folder).write_point(plan.task, replace(record, notes=notes), None)
             return
         note = f"a pack of {len(points)} points was split: {fault}"
     except (MemoryError, RuntimeError) as error:
@@ -126,7 +142,8 @@ def train_pack(inputs: TaskInputs, points: Sequence[Point], notes: tuple[str, ..
 
 def _train(inputs: TaskInputs, points: Sequence[Point], notes: tuple[str, ...]) -> Iterator[Progress]:
     folder, task, keys = RunFolder(inputs.run.folder), inputs.plan.task, inputs.plan.keys
-    missing = [point for point in points if folder.read_point(task, point.name) is None]
+    number = inputs.plan.round
+    missing = [point for point in points if folder.read_point(task, point.name_in(number)) is None]
     if not missing:
         return
     name = pack_name([keys[point.index] for point in points])
@@ -176,6 +193,7 @@ def _train(inputs: TaskInputs, points: Sequence[Point], notes: tuple[str, ...]) 
             notes=notes,
             started=began,
             ended=time.time(),
+            round=number,
         )
         if finite[position]:
             folder.write_point(task, record, trained[position])
@@ -187,13 +205,14 @@ def _train(inputs: TaskInputs, points: Sequence[Point], notes: tuple[str, ...]) 
 
 def _begin(inputs: TaskInputs, points: Sequence[Point]) -> tuple[Pack, Training, Features]:
     """A pack before its first epoch, its training, and the training split."""
-    settings, seed = inputs.run.settings, inputs.run.seed
-    device = _prepare(inputs.plan, settings)
+    settings, seed, plan = inputs.settings, inputs.run.seed, inputs.plan
+    device = _prepare(plan, settings)
+    starts = [inputs.pruned(point) for point in points] if plan.round else None
     with _computing():
         data = inputs.data()
         alphas, rates = [point.alpha for point in points], [point.learning_rate for point in points]
-        classes, initial = data.info.num_classes, inputs.initial()
-        pack = Pack(inputs.state, classes, alphas, initial, device, settings.dtype, settings.penalty)
+        classes = data.info.num_classes
+        pack = Pack(inputs.state, classes, alphas, starts or inputs.initial(), device, settings.dtype, settings.penalty)
         transform, augmentation = data.info.transform, inputs.run.augment
 
         def view(raw: torch.Tensor, random: torch.Generator | None) -> torch.Tensor:
@@ -204,7 +223,8 @@ def _begin(inputs: TaskInputs, points: Sequence[Point]) -> tuple[Pack, Training,
         else:
             train = pack.features(transform(data.train.inputs.to(device)), data.train.labels)
         validation = pack.features(*_validation(inputs, device))
-        return pack, Training(pack, rates, train, validation, settings, seed, inputs.plan.task), train
+        stream = f"{plan.task}-round{plan.round}" if plan.round else plan.task
+        return pack, Training(pack, rates, train, validation, settings, seed, stream), train
 
 
 @contextmanager
@@ -220,14 +240,13 @@ def scan_point(inputs: TaskInputs, point: Point, min_correct: int, rule: str) ->
     """The threshold scan of a finished point, in float32 like the subnetwork that is cut at its threshold."""
     device = _prepare(inputs.plan, inputs.run.settings)
     torch.set_float32_matmul_precision("highest")
-    folder, task = RunFolder(inputs.run.folder), inputs.plan.task
-    record = folder.read_point(task, point.name)
+    folder, task, number = RunFolder(inputs.run.folder), inputs.plan.task, inputs.plan.round
+    record = folder.read_point(task, point.name_in(number))
     assert record is not None, "candidates are finished points"
     candidate = Candidate(inputs.state, folder.read_trained(task, record), *_validation(inputs, device))
     found = scan(candidate, point.index, min_correct, rule)
-    return replace(
-        found, rule=rule, min_correct=min_correct, key=record.key, parameters_sha256=record.parameters_sha256
-    )
+    of = replace(found, key=record.key, parameters_sha256=record.parameters_sha256, round=number)
+    return replace(of, rule=rule, min_correct=min_correct)
 
 
 def _validation(inputs: TaskInputs, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -219,6 +219,6 @@ def _pack_task(shared: RunInputs, of_task: OfTask, pack: int) -> Iterator[dict[s
             "accuracies": {point: seen.val_accuracy for point, seen in training.items()},
         }
     folder = RunFolder(shared.folder)
-    records = [folder.read_point(plan.task, point.name) for point in points]
+    records = [folder.read_point(plan.task, point.name_in(plan.round)) for point in points]
     # A trial without a result counts as failed; points that had been finished before give no other.
     yield {"failed": [record.point.index for record in records if record and record.status == "failed"]}

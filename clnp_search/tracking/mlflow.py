@@ -148,10 +148,8 @@ class MlflowTracker:
         tags = {key: text for key, text in tags.items() if text or key in run.tags}
         if selection is not None:
             tags["selected"] = str(point.index == selection.chosen).lower()
-            fingerprint = f"{self._sweep.forgetting.theta}-{selection.min_correct}"
-            scan = (
-                folder.read_scan(plan.task, point.index, fingerprint) if point.index in selection.candidates else None
-            )
+            asked = self._sweep.forgetting.theta, selection.min_correct
+            scan = folder.read_scan(plan.task, point.index, *asked) if point.index in selection.candidates else None
             metrics += _scan_metrics(scan) if scan else []
             metrics += _theta(scan.theta, groups) if scan and scan.theta else []
         store.log(run, metrics, params, tags)

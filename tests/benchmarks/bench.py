@@ -519,7 +519,7 @@ def _task_inputs(options: Options, hidden: tuple[int, ...], points: list[Point],
     keys = tuple(pack_name([point.name]) for point in points)
     here = Environment("cpu", 1, "float32", torch.__version__, version("clnp-search"))
     plan = TaskPlan(0, scenario.tasks[0].name, state.digest, tuple(points), keys, (tuple(range(len(points))),), here)
-    run = RunInputs(f"{folder}/run", scenario, settings(1), 0)
+    run = RunInputs(f"{folder}/run", scenario, settings(1), 0, 0, state.graph)
     return TaskInputs(run, plan, state)
 
 
