@@ -373,8 +373,8 @@ class TrainingConfig(_Section):
     l1: Literal["subgradient", "proximal"] = "subgradient"
     """How the L1 penalty acts: by its sub-gradient, as in the paper, or by soft thresholds after each step."""
     l1_scales: NonNegative = 1.0
-    """L1 on the scales of normalisation layers, as a multiple of alpha; a normalised layer does not feel the size of its
-    weights, so that L1 on them alone empties no unit."""
+    """L1 on the scales of normalisation layers, as a multiple of alpha: a normalised layer does not feel the size of
+    its weights, so that L1 on them alone empties no unit."""
     precision: Literal["float32", "tf32", "bf16"] = "float32"
     """Of the matrix products; parameters and optimizer state stay float32. tf32 equals float32 on a CPU."""
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clnp_search.clnp.graph import INPUT, Builder, Graph, conv, mlp
+from clnp_search.clnp.initial import draw
+from clnp_search.clnp.ops import (
+    Activation,
+    Add,
+    AvgPool,
+    BatchNorm,
+    Concat,
+    Conv,
+    Depthwise,
+    Linear,
+    MeanPositions,
+    Multiply,
+    ToMap,
+)
 from clnp_search.clnp.pack import Pack
 from clnp_search.clnp.state import Architecture, FreeParameters, InputTransform, State, TaskInfo, commit
 from clnp_search.clnp.subnetwork import Subnetwork
@@ -33,7 +49,7 @@ from clnp_search.records import (
 from clnp_search.search.points import grid, pack_points
 from clnp_search.search.trial import RunInputs, TaskInputs
 from clnp_search.selection import candidates, choose
-from clnp_search.sequence import TaskSequence
+from clnp_search.sequence import TaskSequence, count_units
 from clnp_search.storage import RunFolder
 from clnp_search.tasks import RawData
 
@@ -41,46 +57,102 @@ from clnp_search.tasks import RawData
 HEADS = [("multi", "frozen"), ("single", "frozen"), ("single", "per_task"), ("single", "none")]
 
 
-def make_info(name: str = "task", num_classes: int = 2, in_features: int = 3, permuted: bool = False) -> TaskInfo:
+def make_network(
+    hidden: tuple[int, ...] = (5, 6),
+    activation: str = "relu",
+    in_features: int = 3,
+    head: str = "multi",
+    head_bias: str = "frozen",
+) -> Architecture:
+    """A multilayer perceptron."""
+    return Architecture(mlp(in_features, hidden, activation), head, head_bias)
+
+
+def residual(input_shape: tuple[int, ...] = (2, 6, 6)) -> Graph:
+    """Two residual stages, the second with a depthwise convolution and a gate, both read by a last convolution.
+
+    Groups: `stem` (a residual stage), `one` (inside it), `two` (depthwise and gated, the second stage), `squeeze`
+    (of the gate) and `last`.
+    """
+    build = Builder(input_shape)
+
+    def normalised(name: str, layer: str, active: bool = True) -> str:
+        norm = build.add(f"{name}.norm", BatchNorm(), layer)
+        return build.add(f"{name}.relu", Activation(), norm) if active else norm
+
+    same, strided, point = {"padding": (1, 1), "bias": False}, (2, 2), (1, 1)
+    stem = normalised("stem", build.layer("stem", Conv(**same), INPUT, 4))
+    one = normalised("one", build.layer("one", Conv(**same), stem, 3))
+    back = normalised("back", build.layer("back", Conv(kernel=point, bias=False), one, 4), active=False)
+    first = build.add("first.relu", Activation(), build.add("first", Add(), stem, back))
+    two = normalised("two", build.layer("two", Conv(kernel=point, stride=strided, bias=False), first, 5))
+    deep = normalised("deep", build.add("deep", Depthwise(**same), two))
+    mean = build.add("gate.mean", MeanPositions(), deep)
+    squeeze = build.add("squeeze.relu", Activation(), build.layer("squeeze", Linear(), mean, 3))
+    gate = build.add("gate.sigmoid", Activation("sigmoid"), build.layer("gate", Linear(), squeeze, 5))
+    gated = build.add("gated", Multiply(), deep, build.add("gate.map", ToMap(), gate))
+    down = build.layer("down", Conv(kernel=point, stride=strided), first, 5)
+    second = build.add("second.relu", Activation(), build.add("second", Add(), gated, down))
+    joined = build.add("joined", Concat(), second, build.add("pooled", AvgPool(), first))
+    last = build.add("last.relu", Activation(), build.layer("last", Conv(kernel=point), joined, 4))
+    build.layer("head", Linear(), build.add("mean", MeanPositions(), last), 0, head=True)
+    return build.build()
+
+
+# Small networks of every structure: dense, of maps, normalised, and with all ways in which values meet.
+GRAPHS = {
+    "mlp": mlp(3, (5, 6)),
+    "conv": conv((2, 6, 6), [4, "pool", 5], [6]),
+    "conv_norm": conv((2, 6, 6), [4, "pool", 5], [6], activation="tanh", batch_norm=True),
+    "residual": residual(),
+}
+
+
+def make_info(
+    name: str = "task", num_classes: int = 2, shape: int | tuple[int, ...] = 3, permuted: bool = False
+) -> TaskInfo:
     """A task whose inputs are its raw values, reversed if permuted."""
-    permutation = torch.arange(in_features).flip(0) if permuted else None
-    return TaskInfo(name, num_classes, (in_features,), InputTransform((0.0,), (1.0,), (in_features,), permutation))
+    shape = (shape,) if isinstance(shape, int) else tuple(shape)
+    permutation = torch.arange(math.prod(shape)).flip(0) if permuted else None
+    return TaskInfo(name, num_classes, shape, InputTransform((0.0,), (1.0,), shape, permutation))
 
 
 def make_trained(state: State, num_classes: int = 2, seed: int = 0, exact: bool = False) -> FreeParameters:
-    """Random parameters for a new task on `state`; activities are below 1, one of each layer above 0.9.
+    """Random parameters for a new task on `state`; activities are below 1, one of each group above 0.9.
 
     Args:
         exact: Small multiples of 1/4, which sum without rounding in any order, and activities with ties and zeros.
     """
     generator = torch.Generator().manual_seed(seed)
 
-    def drawn(*shape: int) -> Tensor:
+    def drawn(name: str, shape: tuple[int, ...]) -> Tensor:
+        if name == "variance":
+            return torch.rand(shape, generator=generator) + 0.5
         if exact:
             return torch.randint(-4, 5, shape, generator=generator) / 4
         return torch.randn(shape, generator=generator)
 
-    architecture, task = state.architecture, state.num_tasks
-    free = [len(layer.free) for layer in state.layers]
-    frozen = [len(layer.active(task)) for layer in state.layers]
-    inputs = [architecture.in_features, *(a + f for a, f in zip(frozen, free, strict=True))]
-    head_inputs = free[-1] if architecture.head == "single" else inputs[-1]
-    activities = [torch.rand(units, generator=generator, dtype=torch.float64) for units in free]
-    for activity in activities:
+    graph = state.graph
+    initial = {
+        node.name: {name: drawn(name, shape) for name, shape in graph.shapes(node, num_classes).items()}
+        for node in graph.nodes
+        if graph.shapes(node, num_classes)
+    }
+    activities = {}
+    for group in graph.groups:
+        activity = torch.rand(len(state.free[group]), generator=generator, dtype=torch.float64)
         if exact:
             activity.copy_((4 * activity).floor() / 4)
-        if len(activity):  # so that each task grows a unit in each layer
+        if len(activity):  # so that each task grows a unit in each group
             activity[activity.argmax()] = 1.0 - activity.max() / 16
-    head_bias = None if architecture.head == "single" and architecture.head_bias == "none" else drawn(num_classes)
-    if architecture.head == "single" and architecture.head_bias == "frozen" and task:
-        head_bias = state.heads[0].bias
-    return FreeParameters(
-        weights=tuple(drawn(units, width) for units, width in zip(free, inputs, strict=False)),
-        biases=tuple(drawn(units) for units in free),
-        head_weight=drawn(num_classes, head_inputs),
-        head_bias=head_bias,
-        activities=tuple(activities),
-    )
+        activities[group] = activity
+    return Pack(state, num_classes, [(0.0,) * len(graph.layers)], initial).point(0, activities)
+
+
+def commit_at(state: State, trained: FreeParameters, theta: float = 0.6, **info: Any) -> State:
+    """The state after one more task with one theta for all groups; `info` as for `make_info`."""
+    info = {"name": f"task-{state.num_tasks}", "shape": state.graph.input_shape} | info
+    return commit(state, make_info(**info), trained, dict.fromkeys(state.graph.groups, theta))
 
 
 def make_state(
@@ -89,18 +161,43 @@ def make_state(
     """A state with committed tasks of random parameters; about 40% of the free units join at each, at least one."""
     state = State.empty(architecture)
     for task in range(num_tasks):
-        info = make_info(f"task-{task}", num_classes, architecture.in_features, permuted=task == 1)
         trained = make_trained(state, num_classes, seed=task, exact=exact)
-        state = commit(state, info, trained, (theta,) * len(architecture.hidden))
+        state = commit_at(state, trained, theta, num_classes=num_classes, permuted=task == 1)
     return state
 
 
-def make_samples(num: int, in_features: int = 3, num_classes: int = 2, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Inputs [N, in_features] around one centre for each class, and labels [N]."""
+def fill_group(state: State, group: str) -> State:
+    """The same state, in which the first task owns all units of a group."""
+    return replace(state, born={**state.born, group: torch.zeros_like(state.born[group])})
+
+
+def make_samples(
+    num: int, shape: int | tuple[int, ...] = 3, num_classes: int = 2, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Inputs [N, *shape] around one centre for each class, and labels [N]."""
+    shape = (shape,) if isinstance(shape, int) else tuple(shape)
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(num_classes, (num,), generator=generator)
-    centres = 1.5 * torch.randn(num_classes, in_features, generator=torch.Generator().manual_seed(1000))
-    return centres[labels] + torch.randn(num, in_features, generator=generator), labels
+    centres = 1.5 * torch.randn(num_classes, *shape, generator=torch.Generator().manual_seed(1000))
+    return centres[labels] + torch.randn(num, *shape, generator=generator), labels
+
+
+def make_pack(
+    state: State,
+    alphas: Sequence[tuple[float, ...]] | int,
+    device: torch.device | str = "cpu",
+    num_classes: int = 2,
+    seed: int = 0,
+    **settings: Any,
+) -> Pack:
+    """A pack that starts from what the seed draws.
+
+    Args:
+        alphas: One tuple for each point, or how many points without a penalty.
+    """
+    if isinstance(alphas, int):
+        alphas = [(0.0,) * len(state.graph.layers)] * alphas
+    return Pack(state, num_classes, alphas, draw(state, num_classes, seed), device, **settings)
 
 
 def make_training(
@@ -111,10 +208,12 @@ def make_training(
     device: torch.device | str = "cpu",
     cache_bytes: int = 4 << 30,
     num_classes: int = 2,
+    together: int | None = None,
 ) -> tuple[Pack, Training]:
     """A pack and its training on 50 random samples, 20 of them for validation."""
-    pack = Pack(state, num_classes, alphas, 0, device, settings.dtype)
-    inputs, labels = make_samples(50, state.architecture.in_features, num_classes, seed=state.num_tasks)
+    options: dict[str, Any] = {"dtype": settings.dtype, "l1": settings.penalty, "together": together}
+    pack = make_pack(state, alphas, device, num_classes, **options)
+    inputs, labels = make_samples(50, state.graph.input_shape, num_classes, seed=state.num_tasks)
     train = pack.features(inputs[:30], labels[:30], cache_bytes)
     validation = pack.features(inputs[30:], labels[30:], cache_bytes)
     return pack, Training(pack, rates, train, validation, settings, 0, state.num_tasks)
@@ -207,7 +306,9 @@ def make_inputs(
         folder=str(folder),
         scenario=sequence.scenario,
         settings=sweep.training.settings,
+        finetune_epochs=0,
         seed=0,
+        graph=state.graph,
     )
     return TaskInputs(run, plan, state)
 
@@ -218,8 +319,8 @@ def write_run(folder: RunFolder, sweep: Sweep, num_tasks: int = 2) -> Iterator[s
     The last point of a task has failed, the first is outside the margin, and of the rest the last is chosen.
     """
     folder.write_sweep(sweep.to_yaml())
-    state = State.empty(sweep.architecture(3))
-    layers = state.architecture.layer_names
+    state = State.empty(sweep.architecture((3,)))
+    layers = tuple(state.graph.groups)
     points = grid(sweep, None, state.graph.layers)
     results: tuple[TaskResult, ...] = ()
     folder.write_summary(summarise(folder.name, "running", sweep.seed, state.digest, results))
@@ -256,7 +357,7 @@ def write_run(folder: RunFolder, sweep: Sweep, num_tasks: int = 2) -> Iterator[s
             scan = make_scan(index, 9650 + index, active, theta=(0.6, 0.6), curve=curve)
             rule = sweep.forgetting.theta
             scan = replace(scan, key=record.key, parameters_sha256=record.parameters_sha256)
-            folder.write_scan(task, replace(scan, rule=rule, min_correct=limit), f"{rule}-{limit}")
+            folder.write_scan(task, replace(scan, rule=rule, min_correct=limit))
             scans.append(scan)
         choice = choose(records, scans, 0.01)
         folder.write_selection(task, choice)
@@ -264,16 +365,8 @@ def write_run(folder: RunFolder, sweep: Sweep, num_tasks: int = 2) -> Iterator[s
         for scan in scans:
             folder.write_curve(task, points[scan.point].name, scan.curve, layers)
         yield f"chosen {task}"
-        info = make_info(f"task-{task}")
-        state = commit(state, info, folder.read_trained(task, records[choice.chosen]), (0.6, 0.6))
+        state = commit_at(state, folder.read_trained(task, records[choice.chosen]))
         state_sha256 = folder.write_state(task, state)
-        totals = [len(layer.born) for layer in state.layers]
-        grown = [int((layer.born == task).sum()) for layer in state.layers]
-        free = [len(layer.free) for layer in state.layers]
-        units = {
-            name: Units(total, total - left, new, left)
-            for name, total, new, left in zip(layers, totals, grown, free, strict=True)
-        }
         chosen = next(scan for scan in scans if scan.point == choice.chosen)
         point = points[choice.chosen]
         assert chosen.theta is not None
@@ -283,7 +376,7 @@ def write_run(folder: RunFolder, sweep: Sweep, num_tasks: int = 2) -> Iterator[s
         result = make_result(
             task,
             tuple(0.9 + each / 100 for each in range(task + 1)),
-            units,
+            count_units(state),
             name=f"task-{task}",
             selected=selected,
             digest=Subnetwork(state, task).digest,

@@ -227,10 +227,10 @@ def test_other_parameters_under_the_chosen_name_are_refused(cut_short: RunFolder
 
 def rewrite_scans(folder: RunFolder, change: Callable[[ScanRecord], ScanRecord]) -> None:
     for path in folder._list("tasks/001/scans"):
-        point, _, fingerprint = path.rsplit("/", 1)[-1].removesuffix(".json").partition("-")
-        scan = folder.read_scan(1, int(point), fingerprint)
+        point, rule, limit = path.rsplit("/", 1)[-1].removesuffix(".json").split("-")
+        scan = folder.read_scan(1, int(point), rule, int(limit))
         assert scan is not None
-        folder.write_scan(1, change(scan), fingerprint)
+        folder.write_scan(1, change(scan))
 
 
 def test_a_scan_with_another_theta_is_never_committed(cut_short: RunFolder) -> None:

@@ -293,16 +293,18 @@ def test_a_plan_reads_back(folder: RunFolder) -> None:
 
 def test_a_scan_reads_back_under_the_rule_that_it_followed(folder: RunFolder) -> None:
     curve = (CurveStep((0.5, 0.5), 0.9, (1, 2)), CurveStep((0.0, 0.0), 1.0, (4, 4)))
-    scan = make_scan(7, 9843, curve=curve, layer_curves=((), curve))
-    folder.write_scan(0, scan, "global-9843")
-    assert folder.read_scan(0, 7, "global-9843") == scan
-    assert folder.read_scan(0, 7, "global-9844") is None
-    assert folder.read_scan(0, 7, "per_layer-9843") is None
+    asked = {"rule": "global", "min_correct": 9843}
+    scan = make_scan(7, 9843, curve=curve, layer_curves=((), curve), **asked)
+    folder.write_scan(0, scan)
+    assert folder.read_scan(0, 7, "global", 9843) == scan
+    assert folder.read_scan(0, 7, "global", 9844) is None
+    assert folder.read_scan(0, 7, "per_layer", 9843) is None
+    assert folder.read_scan(0, 7, "global", 9843, round=1) is None
 
 
 def test_a_scan_without_a_theta_reads_back(folder: RunFolder) -> None:
-    folder.write_scan(0, make_scan(7, 9000, theta=None), "global-9843")
-    again = folder.read_scan(0, 7, "global-9843")
+    folder.write_scan(0, make_scan(7, 9000, theta=None, rule="global", min_correct=9843))
+    again = folder.read_scan(0, 7, "global", 9843)
     assert again is not None
     assert again.theta is None
 

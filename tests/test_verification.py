@@ -151,10 +151,10 @@ def other_choice(folder: RunFolder) -> None:
 
 def other_scan(folder: RunFolder) -> None:
     for path in folder._list("tasks/001/scans"):
-        point, _, fingerprint = path.rsplit("/", 1)[-1].removesuffix(".json").partition("-")
-        scan = folder.read_scan(1, int(point), fingerprint)
+        point, rule, limit = path.rsplit("/", 1)[-1].removesuffix(".json").split("-")
+        scan = folder.read_scan(1, int(point), rule, int(limit))
         assert scan is not None
-        folder.write_scan(1, replace(scan, theta=(1e9, 1e9), active=(12, 8)), fingerprint)
+        folder.write_scan(1, replace(scan, theta=(1e9, 1e9), active=(12, 8)))
 
 
 def other_parameters(folder: RunFolder) -> None:

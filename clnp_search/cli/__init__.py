@@ -178,6 +178,7 @@ for command in (run, resume, plan, status, verify, evaluate, export, report, sub
 def _execute(sweep: Sweep, folder: RunFolder, address: str, as_json: bool, retry_failed: bool = False) -> None:
     from clnp_search.cli.publisher import Publisher
     from clnp_search.cli.view import LiveView, summary_line, summary_table
+    from clnp_search.config import sweep_of
     from clnp_search.lease import Lease
     from clnp_search.search.cluster import connect
 
@@ -199,8 +200,9 @@ def _execute(sweep: Sweep, folder: RunFolder, address: str, as_json: bool, retry
 
                 runner = Runner(sequence, folder, cluster, [view, publisher])
                 if begun:
-                    runner.check()
-                    folder.write_sweep(sweep.to_yaml())  # it may have been given more tasks, or other resources
+                    if sweep_of(folder).scenario != sweep.scenario:  # it was given more tasks
+                        runner.check()
+                        folder.write_sweep(sweep.to_yaml())
                 else:  # a run leaves no trace before all that can be checked is checked
                     runner.check()
                     held.enter_context(lease)

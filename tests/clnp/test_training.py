@@ -10,21 +10,28 @@ from dataclasses import replace
 import pytest
 import safetensors.torch
 import torch
-from builders import make_samples, make_state, make_training, run_all
+from builders import GRAPHS, make_network, make_samples, make_state, make_training, run_all
 from torch.nn import functional
 
-from clnp_search.clnp.pack import Pack
+from clnp_search.clnp.graph import conv
+from clnp_search.clnp.pack import Pack, cross_entropy
 from clnp_search.clnp.state import Architecture, State, read_safetensors
-from clnp_search.clnp.training import Training, TrainingSettings, cross_entropy
+from clnp_search.clnp.training import Training, TrainingSettings
 
-SMALL = Architecture(3, (5, 6))
+SMALL = make_network()
+DROPOUT = conv((2, 6, 6), [4, "pool"], [5], dropout=0.25)
+NETWORKS = {"mlp": GRAPHS["mlp"], "conv_norm": GRAPHS["conv_norm"], "dropout": DROPOUT}
 ALPHAS: list[tuple[float, ...]] = [(0.0, 0.0, 0.0), (0.01, 0.02, 0.03), (0.1, 0.0, 0.2)]
 RATES = [0.01, 0.01, 0.02]
 SETTINGS = TrainingSettings(epochs=4, batch_size=8, weight_decay=0.01)
 
 
-def started(settings: TrainingSettings = SETTINGS, device: torch.device | str = "cpu") -> tuple[Pack, Training]:
-    return make_training(make_state(SMALL, 1), ALPHAS, RATES, settings, device)
+def started(
+    settings: TrainingSettings = SETTINGS, device: torch.device | str = "cpu", network: str = "mlp"
+) -> tuple[Pack, Training]:
+    graph = NETWORKS[network]
+    alphas = [(*alpha, *alpha)[: len(graph.layers)] for alpha in ALPHAS]
+    return make_training(make_state(Architecture(graph), 1), alphas, RATES, settings, device)
 
 
 # Schedules
@@ -68,7 +75,8 @@ def test_the_train_loss_is_the_mean_over_all_samples_without_the_penalty() -> No
     settings = TrainingSettings(epochs=1, batch_size=8, optimizer="sgd")
     pack, training = make_training(State.empty(SMALL), ALPHAS, [1e-30] * 3, settings)
     inputs, labels = make_samples(50, seed=0)
-    logits = pack.forward(pack.features(inputs[:30], labels[:30]).batch(slice(0, 30))[0]).clone()
+    block = pack.blocks[0]
+    logits = block.logits(block.forward(pack.features(inputs[:30], labels[:30]).batch(slice(0, 30))[0])).detach()
     expected = [functional.cross_entropy(own.T, labels[:30]).item() for own in logits]
     assert [seen.train_loss for seen in training.run_epoch()] == pytest.approx(expected, rel=1e-6)
 
@@ -107,7 +115,7 @@ def test_cross_entropy_and_its_gradient_equal_torchs(dtype: torch.dtype, device:
     generator = torch.Generator().manual_seed(0)
     logits = (3 * torch.randn(3, 5, 7, generator=generator)).to(device, dtype)
     labels = torch.randint(5, (7,), generator=generator).to(device)
-    loss, grad = cross_entropy(logits, labels)
+    loss, grad = cross_entropy(logits, labels, 7)
     assert grad.dtype == dtype
     for position in range(3):
         leaf = logits[position].double().requires_grad_()
@@ -120,7 +128,7 @@ def test_cross_entropy_and_its_gradient_equal_torchs(dtype: torch.dtype, device:
 
 
 def test_cross_entropy_of_huge_logits_is_finite() -> None:
-    loss, grad = cross_entropy(torch.tensor([[[1e30, -1e30], [-1e30, 1e30]]]), torch.tensor([0, 0]))
+    loss, grad = cross_entropy(torch.tensor([[[1e30, -1e30], [-1e30, 1e30]]]), torch.tensor([0, 0]), 2)
     assert loss.item() == pytest.approx(2e30)
     assert grad.tolist() == [[[0, -0.5], [0, 0.5]]]
 
@@ -128,32 +136,39 @@ def test_cross_entropy_of_huge_logits_is_finite() -> None:
 def test_cross_entropy_leaves_the_logits_as_they_are() -> None:
     logits = torch.randn(2, 4, 3)
     before = logits.clone()
-    cross_entropy(logits, torch.tensor([0, 1, 2]))
+    cross_entropy(logits, torch.tensor([0, 1, 2]), 3)
     assert torch.equal(logits, before)
 
 
 # Checkpoints
 
 
-@pytest.mark.parametrize("done", [0, 1, 3, 4])
-@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
+@pytest.mark.parametrize(
+    ("network", "optimizer", "done"),
+    [
+        *(("mlp", optimizer, done) for optimizer in ("adam", "adamw", "sgd") for done in (0, 1, 3, 4)),
+        ("conv_norm", "adam", 1),
+        ("dropout", "sgd", 2),
+    ],
+)
 def test_a_restored_training_ends_at_the_bits_of_an_undisturbed_one(
-    optimizer: str, done: int, device: torch.device
+    network: str, optimizer: str, done: int, device: torch.device
 ) -> None:
     settings = replace(SETTINGS, optimizer=optimizer)
-    pack, undisturbed = started(settings, device)
+    pack, undisturbed = started(settings, device, network)
     run_all(undisturbed)
-    _, killed = started(settings, device)
+    torch.rand(1)  # whatever else has drawn
+    _, killed = started(settings, device, network)
     for _ in range(done):
         killed.run_epoch()
     data = killed.to_bytes()
     del killed
-    resumed_pack, resumed = started(settings, device)
+    resumed_pack, resumed = started(settings, device, network)
     resumed.restore(data)
     assert resumed.epoch == done
     run_all(resumed)
     assert resumed.history == undisturbed.history
-    assert all(map(torch.equal, pack.parameters, resumed_pack.parameters))
+    assert all(torch.equal(tensor, resumed_pack.tensors[name]) for name, tensor in pack.tensors.items())
     assert resumed.to_bytes() == undisturbed.to_bytes()
 
 
@@ -228,7 +243,7 @@ def rewritten(data: bytes, change: Callable[[dict[str, torch.Tensor]], None]) ->
     return safetensors.torch.save(tensors, {"training": json.dumps(header)})
 
 
-@pytest.mark.parametrize("name", ["parameter.0", "parameter.8"])
+@pytest.mark.parametrize("name", ["pack.0/hidden0/bias", "optimizer.count", "optimizer.2.1.0"])
 def test_a_checkpoint_without_a_parameter_raises_value_error(name: str) -> None:
     def remove(tensors: dict[str, torch.Tensor]) -> None:
         del tensors[name]
@@ -240,7 +255,8 @@ def test_a_checkpoint_without_a_parameter_raises_value_error(name: str) -> None:
 
 def test_a_parameter_that_would_only_fit_by_broadcasting_raises_value_error() -> None:
     def shrink(tensors: dict[str, torch.Tensor]) -> None:
-        tensors["parameter.0"] = tensors["parameter.0"][:1].contiguous()
+        name = "pack.0/hidden0/bias"
+        tensors[name] = tensors[name][:1].contiguous()
 
     _, training = started()
     with pytest.raises(ValueError, match="not a checkpoint of this pack"):
@@ -249,7 +265,7 @@ def test_a_parameter_that_would_only_fit_by_broadcasting_raises_value_error() ->
 
 def other_packs() -> list[tuple[str, Training]]:
     state = make_state(SMALL, 1)
-    wide = make_state(replace(SMALL, hidden=(6, 6)), 1)
+    wide = make_state(make_network((6, 6)), 1)
     sgd = replace(SETTINGS, optimizer="sgd")
     return [
         ("fewer points", make_training(state, ALPHAS[:1], RATES[:1], SETTINGS)[1]),
