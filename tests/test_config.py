@@ -149,16 +149,15 @@ def test_settings_that_do_not_fit_a_scenario_are_refused(tmp_path: Path, text: s
 @pytest.mark.parametrize(
     ("network", "crop", "fault"),
     [
-        ("mlp", 1, "scenario.augment: the network sees flat samples"),
-        ("conv", 8, "scenario.augment.crop: 8; allowed: 0 to 7"),
+        ({"hidden": [4]}, 1, "scenario.augment: the network sees flat samples"),
+        ({"name": "conv", "layers": [4]}, 8, "scenario.augment.crop: 8; allowed: 0 to 7"),
     ],
 )
-def test_augmentation_that_does_not_fit_the_images_is_refused(network: str, crop: int, fault: str) -> None:
-    sweep = make_sweep(scenario={"name": "split_digits"})
+def test_augmentation_that_does_not_fit_the_images_is_refused(network: dict[str, Any], crop: int, fault: str) -> None:
+    sweep = make_sweep(scenario={"name": "split_digits"}, network=network)
     scenario = sweep.scenario.model_copy(update={"augment": AugmentConfig(crop=crop)})
-    sections = {"scenario": scenario, "network": sweep.network.model_copy(update={"name": network})}
     with pytest.raises(InputError, match=fault):
-        sweep.model_copy(update=sections).load_scenario()
+        sweep.model_copy(update={"scenario": scenario}).load_scenario()
 
 
 def test_your_own_modules_lie_beside_the_sweep_file(tmp_path: Path) -> None:

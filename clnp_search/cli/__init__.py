@@ -22,6 +22,7 @@ from typer.exceptions import TyperException
 
 from clnp_search.cli.console import DONE, FAILED, INPUT_WRONG, INTERRUPTED, as_typed, err, out, print_json
 from clnp_search.cli.models import evaluate, export, verify
+from clnp_search.cli.network import network
 from clnp_search.cli.options import (
     Address,
     AsJson,
@@ -171,7 +172,7 @@ def submit(
         raise typer.Exit(FAILED)
 
 
-for command in (run, resume, plan, status, verify, evaluate, export, report, submit, ui, schema):
+for command in (run, resume, plan, network, status, verify, evaluate, export, report, submit, ui, schema):
     app.command()(command)
 
 

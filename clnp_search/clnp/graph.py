@@ -194,9 +194,13 @@ class Graph:
         return max(self.units(node.groups) * node.taps * math.prod(node.positions) for node in self.by_name.values())
 
     def parameters(self, classes: int) -> dict[str, int]:
-        """Parameters of each node that has any, statistics included."""
-        counts = {node.name: sum(map(math.prod, self.shapes(node, classes).values())) for node in self.nodes}
-        return {name: count for name, count in counts.items() if count}
+        """Trained parameters of each layer, those of normalisations and slopes counted to the layer before them."""
+        counts = dict.fromkeys(self.layers, 0)
+        for node in self.nodes:
+            if shapes := self.shapes(node, classes):
+                layer = node.name if node.name in counts else self.normalised_layer(node)
+                counts[layer] += sum(math.prod(shapes[name]) for name in shapes if name not in node.op.STATISTICS)
+        return counts
 
     def flop(self, units: Mapping[str, int] | None = None, classes: int = 10) -> dict[str, int]:
         """Floating-point operations a sample of each layer's matrix products, with so many units in each group."""

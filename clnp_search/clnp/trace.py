@@ -350,6 +350,7 @@ class _Walk(fx.Interpreter):
             value = super().run_node(n)
         except Exception as error:  # a user's module may raise anything
             self._fault(path, f"fails: {_described(error)}")
+            self._failed.setdefault("", "")  # what comes after it is judged by its names alone
             raise NetworkRefused(self._reasons()) from error
         if n.op == "output":
             self._last = self._values[n.args[0]].step if n.args[0] in self._values else None  # type: ignore[index]

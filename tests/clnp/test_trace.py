@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import torch_pruning
 import torchvision
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
@@ -149,7 +150,6 @@ FORWARDS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "gate of a mean that keeps dimensions": lambda net, x: x * torch.sigmoid(x.mean([2, 3], keepdim=True)),
     "mean over a view": lambda net, x: x * x.flatten(2).mean(-1).unsqueeze(-1).unsqueeze(-1),
     "changes in place": lambda net, x: x.add_(1) * 0 + F.relu(x, inplace=True) + x,
-    "checks of shapes": lambda net, x: net.layer(x) if x.shape[1] == 4 and x.dim() == 4 else x.sum(),
     "there and back": lambda net, x: x.flatten(2).reshape(x.shape).contiguous().clone(),
 }
 
@@ -258,8 +258,9 @@ def test_tensors_are_those_of_the_module_that_is_given() -> None:
     ids=repr,
 )
 def test_a_layer_is_refused_by_its_name(layer: nn.Module, part: str) -> None:
-    place, text = reason(around(lambda net, x: net.blocks(x), blocks=nn.ModuleList([layer])[0]))
-    assert place == "blocks"
+    channels = getattr(layer, "out_channels", 4)
+    place, text = reason(around(lambda net, x: net.block(x), channels, block=layer))
+    assert place == "block"
     assert part in text
 
 
@@ -413,10 +414,31 @@ def test_a_network_of_torchvision_is_traced(name: str) -> None:
             buffer.copy_(torch.rand(buffer.shape, generator=torch.Generator().manual_seed(0)) * 0.1 + 0.9)
     graph = assert_same(module, input_shape, trace(module, input_shape))
     parameters = sum(parameter.numel() for parameter in module.parameters())
-    statistics = sum(each.numel() for name, each in module.named_buffers() if name.endswith(("_mean", "_var")))
-    unused = sum(each.numel() for name, each in module.named_parameters() if name.startswith("aux"))
-    unused += sum(each.numel() for name, each in module.named_buffers() if name.startswith("aux") and each.ndim)
-    assert sum(graph.parameters(10).values()) == parameters + statistics - unused
+    auxiliary = sum(each.numel() for name, each in module.named_parameters() if name.startswith("aux"))
+    assert sum(graph.parameters(10).values()) == parameters - auxiliary
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore:.*weight init:FutureWarning")
+@pytest.mark.parametrize("name", ["densenet121", "efficientnet_b0", "googlenet", "mobilenet_v3_small", "resnet50"])
+def test_groups_are_those_that_an_independent_library_finds(name: str) -> None:
+    module, input_shape = yardstick(name)
+    graph = trace(module, input_shape).graph
+    ours: dict[tuple[str, ...], set[str]] = {}
+    for layer in graph.layers:
+        ours.setdefault(graph.by_name[layer].groups, set()).add(layer)
+    dependencies = torch_pruning.DependencyGraph().build_dependency(module.eval(), torch.rand(1, *input_shape))
+    names = {each: name for name, each in module.named_modules()}
+    theirs = [
+        {
+            names[dependency.target.module]
+            for dependency, _ in group
+            if isinstance(dependency.target.module, nn.Conv2d | nn.Linear)
+            and names[dependency.target.module] in graph.layers
+            and dependency.handler.__name__ == "prune_out_channels"
+        }
+        for group in dependencies.get_all_groups(root_module_types=[nn.Conv2d, nn.Linear])
+    ]
+    assert sorted(map(sorted, ours.values())) == sorted(sorted(group) for group in theirs if group)
 
 
 @pytest.mark.parametrize("name", REFUSED)
