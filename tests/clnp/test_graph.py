@@ -104,7 +104,7 @@ def misfit(call: Callable[[Builder, str, str], Any]) -> str:
     """Why a call on a builder with a map `one` of 3 channels and a map `two` of 4 is refused."""
     build = Builder((2, 4, 4))
     one, two = build.layer("one", Conv(), INPUT, 3), build.layer("two", Conv(), INPUT, 4)
-    with pytest.raises(ValueError, match=".") as caught:
+    with pytest.raises(ValueError, match=r".") as caught:
         call(build, one, two)
     return str(caught.value)
 

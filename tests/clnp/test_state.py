@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -24,7 +23,7 @@ from builders import (
 from torch import Tensor
 
 from clnp_search.clnp.state import FREE, Architecture, FreeParameters, State, commit
-from clnp_search.clnp.subnetwork import Subnetwork, subnetworks
+from clnp_search.clnp.subnetwork import subnetworks
 
 DEEP = make_network((5, 6, 5))
 NETWORKS = {name: Architecture(graph) for name, graph in GRAPHS.items()}
