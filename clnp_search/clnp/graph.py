@@ -118,7 +118,11 @@ class Graph:
         A factor of a product is seen as part of the product (a gate says nothing by itself). A group without an
         activation is seen as it is read.
         """
-        factors = {name for node in self.nodes if isinstance(node.op, Multiply) for name in node.inputs}
+        factors: set[str] = set()
+        for node in reversed(self.nodes):  # a factor may have changed its shape after its activation
+            is_passed_on = node.name in factors and not _is_activation(node) and not node.op.shapes(1, 1, 1)
+            if isinstance(node.op, Multiply) or (is_passed_on and len(node.inputs) == 1):
+                factors.update(node.inputs)
         active = [
             node
             for node in self.nodes
@@ -274,7 +278,7 @@ class Graph:
                 nodes.append(Node(**{key: _tuples(value) for key, value in values.items()}))
             graph = cls(tuple(data["input_shape"]), dict(data["groups"]), tuple(nodes))
             graph.check()
-        except (KeyError, TypeError, AttributeError, StopIteration, RuntimeError) as error:
+        except (LookupError, TypeError, AttributeError, RuntimeError) as error:
             raise ValueError(f"no network: {type(error).__name__}: {error}") from error
         return graph
 
@@ -293,7 +297,7 @@ class Graph:
                 builder.layer(node.name, node.op, node.inputs[0], sum(units.values()), head=node.groups == (CLASSES,))
             else:
                 builder.add(node.name, node.op, *node.inputs)
-        if builder.build() != self:
+        if builder.build() != self or self.nodes[-1].groups != (CLASSES,):
             raise ValueError("its groups or shapes are not those of its nodes")
 
 
@@ -455,7 +459,7 @@ class Builder:
         ]
         try:
             shape = op.plain(values, empty).shape
-        except (RuntimeError, IndexError, TypeError) as error:
+        except (RuntimeError, IndexError, TypeError, ArithmeticError) as error:
             raise ValueError(str(error).strip().partition("\n")[0]) from error
         positions = tuple(shape[2:])
         if len(shape) < 2 or shape[0] != 2 or len(positions) not in (0, 2) or not rows or shape[1] % rows:

@@ -63,12 +63,13 @@ class Subnetwork(nn.Module):
         for node in self.graph.nodes:
             layer = self._layers.get(node.name)
             tensors = dict(layer.named_buffers(recurse=False)) if layer is not None else {}
-            values[node.name] = compute(node, [values[name] for name in node.inputs], tensors, len(raw))
+            values[node.name] = compute(node, [values[name] for name in node.inputs], tensors, raw.shape[0])
         return values[self.graph.nodes[-1].name]
 
     def inputs(self, raw: Tensor) -> Tensor:
         """What the network sees of raw samples."""
-        channels = raw.reshape(len(raw), len(self.mean), -1).to(torch.float32)
+        # `len(raw)` would fix the batch in exports.
+        channels = raw.reshape(raw.shape[0], len(self.mean), -1).to(torch.float32)
         values = ((channels - self.mean) / self.std).flatten(1)
         if self.permutation is not None:
             values = values[:, self.permutation]

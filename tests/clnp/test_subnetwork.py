@@ -2,20 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import io
+import json
+import warnings
 from dataclasses import replace
 
 import pytest
+import safetensors.torch
 import torch
-from builders import HEADS, make_info, make_samples, make_state, make_trained, make_training, run_all
+from builders import (
+    GRAPHS,
+    HEADS,
+    commit_at,
+    make_info,
+    make_network,
+    make_samples,
+    make_state,
+    make_trained,
+    make_training,
+    run_all,
+)
 from torch import Tensor
 
+from clnp_search.clnp.graph import INPUT, Builder, Graph, run
+from clnp_search.clnp.ops import (
+    OPS,
+    Activation,
+    AdaptivePool,
+    Add,
+    Affine,
+    AvgPool,
+    BatchNorm,
+    Concat,
+    Conv,
+    Depthwise,
+    Dropout,
+    Flatten,
+    Identity,
+    Linear,
+    MaxPool,
+    MeanPositions,
+    Multiply,
+    Op,
+    PRelu,
+    ToMap,
+)
 from clnp_search.clnp.state import Architecture, State, commit
 from clnp_search.clnp.subnetwork import Subnetwork, subnetworks
 from clnp_search.clnp.training import TrainingSettings
 
-DEEP = Architecture(3, (6, 5, 6))
-ALPHA = (0.01, 0.02, 0.01, 0.03)
+DEEP = make_network((6, 5, 6))
+NETWORKS = {name: Architecture(graph) for name, graph in GRAPHS.items()} | {"mlp": DEEP}
 SETTINGS = [
     TrainingSettings(3, 8, "adam"),
     TrainingSettings(3, 8, "adamw", weight_decay=0.5),
@@ -24,13 +61,14 @@ SETTINGS = [
 
 
 def learn(state: State, settings: TrainingSettings) -> State:
-    """The state after one more task, trained on random samples, that takes half of each layer's free units."""
-    pack, training = make_training(state, [ALPHA], [0.02], settings)
+    """The state after one more task, trained on random samples, that takes half of each group's free units."""
+    alpha = tuple(0.01 * (1 + layer % 3) for layer in range(len(state.graph.layers)))
+    pack, training = make_training(state, [alpha], [0.02], settings)
     run_all(training)
-    inputs, labels = make_samples(30, seed=state.num_tasks)
-    point = pack.point(0, pack.activities(pack.features(inputs, labels)))
-    theta = tuple(activity.median().item() for activity in point.activities)
-    return commit(state, make_info(f"task-{state.num_tasks}"), point, theta)
+    inputs, labels = make_samples(30, state.graph.input_shape, seed=state.num_tasks)
+    point = pack.point(0, pack.activities(pack.features(inputs, labels))[0])
+    theta = {group: values.median().item() if len(values) else 0.0 for group, values in point.activities.items()}
+    return commit(state, make_info(f"task-{state.num_tasks}", shape=state.graph.input_shape), point, theta)
 
 
 def after_tasks(architecture: Architecture, settings: TrainingSettings, num_tasks: int) -> list[State]:
@@ -45,66 +83,60 @@ def after_tasks(architecture: Architecture, settings: TrainingSettings, num_task
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: settings.optimizer)
 @pytest.mark.parametrize(("head", "bias"), HEADS)
-def test_old_task_logits_are_bit_identical_after_new_tasks(head: str, bias: str, settings: TrainingSettings) -> None:
-    states = after_tasks(replace(DEEP, head=head, head_bias=bias), settings, 3)
-    raw, _ = make_samples(40, seed=9)
+@pytest.mark.parametrize("network", NETWORKS)
+def test_old_tasks_digests_and_logits_are_bit_identical_after_new_tasks(
+    network: str, head: str, bias: str, settings: TrainingSettings
+) -> None:
+    states = after_tasks(replace(NETWORKS[network], head=head, head_bias=bias), settings, 3)
+    raw, _ = make_samples(40, states[0].graph.input_shape, seed=9)
     for task in range(3):
-        logits = [Subnetwork(state, task)(raw) for state in states[task:]]
-        assert all(torch.equal(logits[0], later) for later in logits)
-    # Each task grew units and its function differs: nothing above is true for lack of change.
-    assert all((layer.born == task).any() for layer in states[2].layers for task in range(3))
+        networks = [Subnetwork(state, task) for state in states[task:]]
+        assert len({each.digest for each in networks}) == 1
+        assert all(torch.equal(networks[0](raw), each(raw)) for each in networks)
+    # Tasks grew units and their functions differ: nothing above is true for lack of change.
+    assert all((born == task).any() for born in states[2].born.values() for task in range(2))
+    assert len({each.digest for each in subnetworks(states[2])}) == 3
     assert not torch.equal(Subnetwork(states[2], 0)(raw), Subnetwork(states[2], 2)(raw))
-
-
-@pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: settings.optimizer)
-@pytest.mark.parametrize(("head", "bias"), HEADS)
-def test_old_task_digests_are_equal_after_new_tasks(head: str, bias: str, settings: TrainingSettings) -> None:
-    states = after_tasks(replace(DEEP, head=head, head_bias=bias), settings, 3)
-    for task in range(3):
-        assert len({Subnetwork(state, task).digest for state in states[task:]}) == 1
-    assert len({network.digest for network in subnetworks(states[2])}) == 3
 
 
 def full_logits(state: State, task: int, inputs: Tensor, spoil: float) -> Tensor:
     """A task's logits computed on the full network, with `spoil` in every parameter of free units."""
-    activate: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu, "tanh": torch.tanh}
-    values = inputs
-    for layer in state.layers:
-        weight, bias = layer.weight.clone(), layer.bias.clone()
-        weight[layer.free] = spoil
-        bias[layer.free] = spoil
-        values = activate[state.architecture.activation](values @ weight.T + bias)
-    head = state.heads[task]
-    seen = torch.zeros(values.shape[1], dtype=torch.bool)
-    seen[state.visible(task)] = True
-    logits = torch.where(seen, values, 0.0) @ head.weight.T
-    return logits if head.bias is None else logits + head.bias
+    graph, tensors = state.graph, {}
+    for name, own in state.tensors.items():
+        rows = graph.index(graph.by_name[name].groups, state.free)
+        tensors[name] = {each: tensor.index_fill(0, rows, spoil) for each, tensor in own.items()}
+    seen = graph.index(graph.source(graph.by_name[graph.head]).groups, state.visible(task))
+    head = dict(state.heads[task])
+    weight = torch.zeros_like(head["weight"])
+    weight[:, seen] = head["weight"][:, seen]
+    return run(graph, {INPUT: inputs}, tensors | {graph.head: head | {"weight": weight}})[graph.head]
 
 
 @pytest.mark.parametrize("head", ["multi", "single"])
-@pytest.mark.parametrize("activation", ["relu", "tanh"])
-def test_a_subnetwork_computes_what_the_full_network_does_whatever_free_units_hold(activation: str, head: str) -> None:
-    state = make_state(replace(DEEP, activation=activation, head=head), 3)
-    raw, _ = make_samples(40)
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_subnetwork_computes_what_the_full_network_does_whatever_free_units_hold(network: str, head: str) -> None:
+    state = make_state(replace(NETWORKS[network], head=head), 3)
+    raw, _ = make_samples(40, state.graph.input_shape)
     for task in range(3):
         inputs = state.tasks[task].transform(raw)
-        for spoil in (0.0, 1e3):
+        for spoil in (0.0, 1e2):
             expected = full_logits(state, task, inputs, spoil)
-            torch.testing.assert_close(Subnetwork(state, task)(raw), expected, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(Subnetwork(state, task)(raw), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("head", "bias"), HEADS)
-def test_logits_are_those_of_the_pruned_pack(head: str, bias: str) -> None:
-    state = make_state(replace(DEEP, head=head, head_bias=bias), 1)
-    pack, training = make_training(state, [ALPHA], [0.02], TrainingSettings(2, 8))
+@pytest.mark.parametrize("network", NETWORKS)
+def test_logits_are_those_of_the_pruned_pack(network: str, head: str, bias: str) -> None:
+    state = make_state(replace(NETWORKS[network], head=head, head_bias=bias), 1)
+    pack, training = make_training(state, [(0.01,) * len(state.graph.layers)], [0.02], TrainingSettings(2, 8))
     run_all(training)
-    inputs, labels = make_samples(30)
+    inputs, labels = make_samples(30, state.graph.input_shape)
     features = pack.features(inputs, labels)
-    point = pack.point(0, pack.activities(features))
-    # Below zero nothing is pruned.
-    after = commit(state, make_info(), point, (-1.0, -1.0, -1.0))
-    levels, _ = features.batch(slice(0, 30))
-    torch.testing.assert_close(Subnetwork(after, 1)(inputs), pack.forward(levels)[0].T, rtol=1e-5, atol=1e-6)
+    point = pack.point(0, pack.activities(features)[0])
+    after = commit_at(state, point, -1.0)  # below zero nothing is pruned
+    block, (levels, _) = pack.blocks[0], features.batch(slice(0, 30))
+    logits = block.logits(block.forward(levels))[0].T.detach()
+    torch.testing.assert_close(Subnetwork(after, 1)(inputs), logits, rtol=1e-4, atol=1e-4)
 
 
 # Contents
@@ -143,28 +175,29 @@ def test_the_digest_covers_the_input_transform_and_the_units() -> None:
 def test_subnetworks_of_the_same_weights_on_other_units_have_other_digests() -> None:
     digests = set()
     for active in (0, 1):
-        state = State.empty(Architecture(3, (2,)))
+        state = State.empty(make_network((2,)))
         trained = make_trained(state)
-        trained.weights[0].fill_(1.0)
-        trained.biases[0].fill_(1.0)
-        trained.head_weight.fill_(1.0)
-        activity = torch.zeros(2, dtype=torch.float64)
-        activity[active] = 1.0
-        after = commit(state, make_info(), replace(trained, activities=(activity,)), (0.0,))
-        digests.add(Subnetwork(after, 0).digest)
+        for own in trained.tensors.values():
+            for tensor in own.values():
+                tensor.fill_(1.0)
+        trained.activities["hidden0"][:] = torch.eye(2, dtype=torch.float64)[active]
+        digests.add(Subnetwork(commit_at(state, trained, 0.0), 0).digest)
     assert len(digests) == 2
 
 
-def test_a_subnetwork_holds_active_units_only() -> None:
-    state = make_state(DEEP, 2)
-    network = Subnetwork(state, 0)
-    widths = [len(layer.active(0)) for layer in state.layers]
-    assert [units.tolist() for units in network.units] == [layer.active(0).tolist() for layer in state.layers]
-    assert [linear.weight.shape for linear in network.hidden] == [
-        (widths[0], 3),
-        *zip(widths[1:], widths, strict=False),
-    ]
-    assert not any(parameter.requires_grad for parameter in network.parameters())
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_subnetwork_holds_active_units_only(network: str) -> None:
+    state = make_state(NETWORKS[network], 2)
+    found, active = Subnetwork(state, 0), state.active(0)
+    assert {group: units.tolist() for group, units in found.units.items()} == {
+        group: units.tolist() for group, units in active.items()
+    }
+    counts = {group: len(units) for group, units in active.items()}
+    for name in state.graph.layers[:-1]:
+        node = state.graph.by_name[name]
+        weight = found.network.get_submodule(name).get_buffer("weight")
+        assert len(weight) == sum(counts[group] for group in node.groups)
+    assert not list(found.parameters())
 
 
 @pytest.mark.parametrize("task", [-1, 2])
@@ -175,10 +208,8 @@ def test_a_task_that_is_not_committed_raises_index_error(task: int) -> None:
 
 def test_a_task_without_units_still_has_its_heads_bias() -> None:
     state = State.empty(DEEP)
-    state = commit(state, make_info(), make_trained(state), (2.0, 2.0, 2.0))
-    bias = state.heads[0].bias
-    assert bias is not None
-    assert torch.equal(Subnetwork(state, 0)(make_samples(5)[0]), bias.expand(5, -1))
+    state = commit_at(state, make_trained(state), 2.0)
+    assert torch.equal(Subnetwork(state, 0)(make_samples(5)[0]), state.heads[0]["bias"].expand(5, -1))
 
 
 # Evaluation
@@ -215,3 +246,88 @@ def test_accuracy_is_the_fraction_of_right_predictions() -> None:
 
 def test_subnetworks_gives_one_for_each_task_in_order() -> None:
     assert [network.info.name for network in subnetworks(make_state(DEEP, 3))] == ["task-0", "task-1", "task-2"]
+
+
+# Exports
+
+
+def using(op: Op) -> Graph:
+    """A small network of maps in which an op stands between a convolution and the head."""
+    build = Builder((2, 6, 6))
+    last = build.layer("first", Conv(padding=(1, 1)), INPUT, 4)
+    flat = build.add("mean", MeanPositions(), last)
+    if isinstance(op, Conv):
+        last = build.layer("op", op, last, 3)
+    elif isinstance(op, Linear):
+        last = build.layer("op", op, flat, 3)
+    elif isinstance(op, Add | Multiply | Concat):
+        last = build.add("op", op, last, build.add("relu", Activation(), last))
+    elif isinstance(op, ToMap):
+        last = build.add("gated", Multiply(), last, build.add("op", op, flat))
+    else:
+        last = build.add("op", op, last)
+    if build.node(last).positions:
+        last = build.add("flat", Flatten(), last)
+    build.layer("head", Linear(), last, 0, head=True)
+    return build.build()
+
+
+VARIANTS: list[Op] = [
+    *(Activation(name) for name in ("relu", "gelu", "hardswish", "silu", "leaky_relu")),
+    AdaptivePool((2, 3)),
+    AdaptivePool((1, 1), maximum=True),
+    Add(),
+    Affine(1 / 6, 0.5),
+    AvgPool(),
+    AvgPool((3, 3), (2, 2), (1, 1), count_padding=False),
+    BatchNorm(),
+    BatchNorm(affine=False),
+    Concat(),
+    Conv(),
+    Conv(kernel=(3, 2), stride=(2, 1), padding=(1, 0), dilation=(2, 1), bias=False),
+    Depthwise(padding=(1, 1)),
+    Depthwise(bias=False, stride=(2, 2)),
+    Dropout(),
+    Flatten(),
+    Identity(),
+    Linear(),
+    MaxPool(),
+    MaxPool((3, 3), (2, 2), (1, 1)),
+    MeanPositions(),
+    Multiply(),
+    PRelu(),
+    ToMap(),
+]
+
+
+def test_every_op_is_exported_here() -> None:
+    assert {type(op) for op in VARIANTS} == set(OPS.values())
+
+
+@pytest.mark.parametrize("op", VARIANTS, ids=str)
+def test_exports_agree_with_the_subnetwork_on_raw_images(op: Op) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    state = make_state(Architecture(using(op)), 2)
+    transform = replace(state.tasks[1].transform, mean=(100.0, 120.0), std=(60.0, 70.0), permutation=None)
+    state = replace(state, tasks=(state.tasks[0], replace(state.tasks[1], transform=transform)))
+    network = Subnetwork(state, 1)
+    raw = torch.randint(256, (7, 2, 6, 6), generator=torch.Generator().manual_seed(0)).float()
+    expected = network(raw)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporters' own
+        onnx, program = network.to_bytes(".onnx"), network.to_bytes(".pt2")
+    (logits,) = onnxruntime.InferenceSession(onnx).run(None, {"raw": raw.numpy()})
+    torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=1e-4, atol=1e-4)
+    loaded = torch.export.load(io.BytesIO(program)).module()
+    torch.testing.assert_close(loaded(raw), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_safetensors_export_holds_the_graph_and_every_tensor(network: str) -> None:
+    found = Subnetwork(make_state(NETWORKS[network], 2), 1)
+    data = found.to_bytes(".safetensors")
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+    assert Graph.from_json(json.loads(header["subnetwork"])["graph"]) == found.graph
+    tensors, own = safetensors.torch.load(data), found.state_dict()
+    assert tensors.keys() == own.keys()
+    assert all(torch.equal(tensors[name], own[name]) for name in own)

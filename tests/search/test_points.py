@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from builders import make_point, make_state, make_sweep
+from builders import make_network, make_point, make_state, make_sweep
 
 from clnp_search.clnp.state import Architecture
 from clnp_search.clnp.training import TrainingSettings
@@ -26,7 +26,7 @@ from clnp_search.tasks import Task
 
 TASK = Task(1, "permutation-1", None, True)
 POINT = Point(3, (1e-6, 1e-5, 1e-6), 0.001)
-ARCHITECTURE = Architecture(20, (30, 40), head="multi")
+ARCHITECTURE = make_network((30, 40), in_features=20)
 SETTINGS = TrainingSettings()
 
 
@@ -198,10 +198,10 @@ def test_more_points_need_more_memory() -> None:
         {"num_train": 1100},
         {"num_validation": 200},
         {"settings": replace(SETTINGS, batch_size=512)},
-        {"architecture": replace(ARCHITECTURE, in_features=30)},
-        {"architecture": replace(ARCHITECTURE, hidden=(31, 40))},
-        {"architecture": replace(ARCHITECTURE, hidden=(30, 41))},
-        {"architecture": replace(ARCHITECTURE, hidden=(30, 40, 40))},
+        {"architecture": make_network((30, 40), in_features=30)},
+        {"architecture": make_network((31, 40), in_features=20)},
+        {"architecture": make_network((30, 41), in_features=20)},
+        {"architecture": make_network((30, 40, 40), in_features=20)},
     ],
 )
 def test_more_of_anything_needs_more_memory(more: dict[str, Any]) -> None:
