@@ -19,7 +19,6 @@ from pydantic import (
     ConfigDict,
     Field,
     FiniteFloat,
-    PositiveInt,
     ValidationError,
     model_validator,
 )
@@ -57,8 +56,13 @@ def _check_alpha(value: Any) -> Any:
     return float(value) if not isinstance(value, list | tuple) else tuple(float(each) for each in value)
 
 
-def _as_list(value: Any) -> Any:
-    return value if isinstance(value, list | tuple) else [value]
+def _list_or_one(item: Any) -> BeforeValidator:
+    """Takes a single value for a list of one."""
+
+    def as_list(value: Any) -> Any:
+        return value if isinstance(value, list | tuple) else [value]
+
+    return BeforeValidator(as_list, json_schema_input_type=item | Annotated[tuple[item, ...], Field(min_length=1)])
 
 
 def _one_of(allowed: Mapping[str, object]) -> AfterValidator:
@@ -72,11 +76,22 @@ def _one_of(allowed: Mapping[str, object]) -> AfterValidator:
     return AfterValidator(check)
 
 
-Margin = Annotated[float, BeforeValidator(_parse_margin), Field(ge=0, lt=1)]
-NonNegative = Annotated[FiniteFloat, Field(ge=0)]
-Positive = Annotated[FiniteFloat, Field(gt=0)]
-Alpha = Annotated[float | tuple[float, ...], BeforeValidator(_check_alpha)]
-Grid = BeforeValidator(_as_list)
+# Strict: YAML has numbers of its own, and `true` is none of them. What a validator takes before it is parsed is said by
+# its `json_schema_input_type`, so that the schema for editors takes the same.
+Count = Annotated[int, Field(strict=True, ge=0)]
+PositiveCount = Annotated[int, Field(strict=True, ge=1)]
+NonNegative = Annotated[FiniteFloat, Field(strict=True, ge=0)]
+Positive = Annotated[FiniteFloat, Field(strict=True, gt=0)]
+Text = Annotated[str, Field(min_length=1)]
+_Fraction = Annotated[float, Field(ge=0, lt=0.5)]
+_Percentage = Annotated[str, Field(pattern=r"^\s*\d+(\.\d*)?([eE][+-]?\d+)?\s*%\s*$")]
+Margin = Annotated[
+    float,
+    Field(strict=True, ge=0, lt=1),
+    BeforeValidator(_parse_margin, json_schema_input_type=_Fraction | _Percentage),
+]
+_AlphaInput = NonNegative | Annotated[tuple[NonNegative, ...], Field(min_length=1)]
+Alpha = Annotated[float | tuple[float, ...], BeforeValidator(_check_alpha, json_schema_input_type=_AlphaInput)]
 
 
 class _Section(BaseModel):
@@ -86,15 +101,15 @@ class _Section(BaseModel):
 class ScenarioConfig(_Section):
     """The sequence of tasks."""
 
-    name: Annotated[str, _one_of(SCENARIOS)]
+    name: Annotated[str, _one_of(SCENARIOS), Field(json_schema_extra={"enum": [*SCENARIOS]})]
     """Which scenario: permuted_digits, permuted_mnist, split_digits, split_mnist."""
-    tasks: PositiveInt = 5
+    tasks: PositiveCount = 5
     """Number of tasks. Default: 10 for permuted_mnist, else 5."""
-    validation: PositiveInt = 300
+    validation: PositiveCount = 300
     """Samples held out of the training set to choose by. Default: by scenario (10000 for permuted_mnist)."""
     scaling: Literal["standard", "unit"] = "standard"
     """Of the inputs: mean 0 and deviation 1 over all training pixels, or raw values divided by their maximum."""
-    root: str = "data/"
+    root: Text = "data/"
     """Folder of the data sets, as torchvision lays it out; downloads go here."""
 
     @model_validator(mode="before")
@@ -111,7 +126,7 @@ class NetworkConfig(_Section):
 
     name: Literal["mlp"] = "mlp"
     """Kind of network."""
-    hidden: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
+    hidden: Annotated[tuple[PositiveCount, ...], Field(min_length=1)]
     """Units of each hidden layer."""
     activation: Literal["relu", "sigmoid", "tanh"] = "relu"
     """Activation of the hidden layers."""
@@ -129,9 +144,9 @@ class HeadConfig(_Section):
 class TrainingConfig(_Section):
     """How each grid point is trained."""
 
-    epochs: PositiveInt = 12
+    epochs: PositiveCount = 12
     """Passes over the training split."""
-    batch_size: PositiveInt = 256
+    batch_size: PositiveCount = 256
     """Samples of a step."""
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
     """A new one is made for every task."""
@@ -139,7 +154,7 @@ class TrainingConfig(_Section):
     """Learning rate over time: constant, or cosine to zero."""
     weight_decay: NonNegative = 0.0
     """Acts on free parameters only."""
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    momentum: Annotated[float, Field(strict=True, ge=0, lt=1)] = 0.9
     """Of sgd."""
     precision: Literal["float32", "tf32", "bf16"] = "float32"
     """Of the matrix products; parameters and optimizer state stay float32. tf32 equals float32 on a CPU."""
@@ -157,13 +172,13 @@ class SearchConfig(_Section):
 
     tasks: Literal["every", "first"] = "every"
     """Search on every task, or on the first only: later tasks reuse its choice."""
-    alpha: Annotated[tuple[Alpha, ...], Grid, Field(min_length=1)] = (1e-6, 1e-5, 1e-4)
+    alpha: Annotated[tuple[Alpha, ...], Field(min_length=1), _list_or_one(Alpha)] = (1e-6, 1e-5, 1e-4)
     """L1 coefficients to try: each a number, or a list with one for each hidden layer and the head last."""
-    learning_rate: Annotated[tuple[Positive, ...], Grid, Field(min_length=1)] = (0.001, 0.002)
+    learning_rate: Annotated[tuple[Positive, ...], Field(min_length=1), _list_or_one(Positive)] = (0.001, 0.002)
     """Learning rates to try."""
-    points_per_trial: Literal["auto"] | PositiveInt = "auto"
+    points_per_trial: Literal["auto"] | PositiveCount = "auto"
     """Grid points that one Ray Tune trial trains together; auto keeps all devices busy within their memory."""
-    max_failures: Annotated[int, Field(ge=0)] = 2
+    max_failures: Count = 2
     """How often a pack or a threshold scan is tried again after a fault of the machine, such as a dead process."""
 
 
@@ -178,7 +193,7 @@ class ForgettingConfig(_Section):
     """What the chosen model has most of: free units, free weights, or free units in its fullest layer."""
     finetune_rounds: Literal[0] = 0
     """Rounds of prune and retrain; only 0 in this version."""
-    finetune_epochs: Annotated[int, Field(ge=0)] = 0
+    finetune_epochs: Count = 0
     """Epochs of each round."""
 
 
@@ -192,7 +207,7 @@ class CapacityConfig(_Section):
 class ResourcesConfig(_Section):
     """What each trial is given."""
 
-    cpu: PositiveInt = 1
+    cpu: PositiveCount = 1
     """CPU cores, and threads, of each trial."""
     gpu: NonNegative = 0.0
     """GPUs of each trial; a fraction shares one."""
@@ -207,7 +222,7 @@ class ResourcesConfig(_Section):
 class TrackingConfig(_Section):
     """Where MLflow records go."""
 
-    uri: str = "sqlite:///mlflow.db"
+    uri: Text = "sqlite:///mlflow.db"
     """MLflow tracking URI; `none` switches tracking off."""
 
 
@@ -216,7 +231,7 @@ class Sweep(_Section):
 
     name: Annotated[str, Field(pattern=NAME_PATTERN)] = "sweep"
     """Name of the run and of the MLflow experiment. Default: the file's name."""
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    seed: Annotated[int, Field(strict=True, ge=0, lt=2**63)] = 0
     """Of everything random: splits, permutations, initial weights, data order."""
     scenario: ScenarioConfig
     network: NetworkConfig
@@ -226,7 +241,7 @@ class Sweep(_Section):
     forgetting: ForgettingConfig = ForgettingConfig()
     capacity: CapacityConfig = CapacityConfig()
     resources: ResourcesConfig = ResourcesConfig()
-    storage: str = "runs/"
+    storage: Text = "runs/"
     """Folder or URI under which run folders are made."""
     tracking: TrackingConfig = TrackingConfig()
 
@@ -284,14 +299,20 @@ def parse_sweep(raw: dict[str, Any], source: str) -> Sweep:
     Raises:
         InputError: As `load_sweep`.
     """
-    faults = []
+    faults: list[str] = []
     sweep = None
     try:
         sweep = Sweep.model_validate(raw)
     except ValidationError as error:
-        for detail in error.errors():
-            faults.append(_explain(detail))
+        details = error.errors()
+        # A list whose items are all faulty counts as empty too; its items say more.
+        lists = {detail["loc"][:-1] for detail in details}
+        faults.extend(
+            _explain(detail) for detail in details if detail["type"] != "too_short" or detail["loc"] not in lists
+        )
     faults.extend(_faults_between_sections(raw))
+    if sweep is not None:
+        faults.extend(_equal_points(sweep))
     if faults or sweep is None:
         listed = "\n".join(f"  {fault}" for fault in dict.fromkeys(faults))
         raise InputError(f"{source}: {len(dict.fromkeys(faults))} fault(s)\n{listed}")
@@ -350,6 +371,17 @@ def _faults_between_sections(raw: dict[str, Any]) -> Iterator[str]:
         if allowed and isinstance(tasks, int) and tasks not in allowed:
             listed = ", ".join(map(str, allowed))
             yield f"scenario.tasks: {tasks} tasks cannot share the classes of {scenario['name']}; allowed: {listed}"
+
+
+def _equal_points(sweep: Sweep) -> Iterator[str]:
+    """Values of the grid that would train the same point twice."""
+    grids = {"alpha": [sweep.layer_alphas(alpha) for alpha in sweep.search.alpha]}
+    grids |= {"learning_rate": [(rate,) for rate in sweep.search.learning_rate]}
+    for key, values in grids.items():
+        for index, value in enumerate(values):
+            if (first := values.index(value)) < index:
+                same, shown = getattr(sweep.search, key)[first], getattr(sweep.search, key)[index]
+                yield f"search.{key}[{index}]: {shown} is search.{key}[{first}], {same}, again; allowed: each once"
 
 
 def _explain(detail: Any) -> str:
