@@ -103,11 +103,15 @@ class TaskSequence:
         """The state before the first task."""
         return State.empty(self.architecture)
 
-    def memory(self, state: State, index: int) -> MemoryEstimate:
-        """What a trial of the task at `index` needs."""
+    def memory(self, active: Sequence[int], index: int) -> MemoryEstimate:
+        """What a trial of the task at `index` needs.
+
+        Args:
+            active: Units of each hidden layer that are frozen already.
+        """
         data = self.data(index)
-        settings = self.sweep.training.settings
-        return estimate_memory(state, data.info.num_classes, len(data.train), len(data.validation), settings)
+        classes, settings = data.info.num_classes, self.sweep.training.settings
+        return estimate_memory(self.architecture, active, classes, len(data.train), len(data.validation), settings)
 
     @cached_property
     def _digest(self) -> str:
@@ -121,6 +125,14 @@ def plan_packs(
     asked = sweep.search.points_per_trial
     size = auto_points_per_trial(len(points), num_slots, memory, slot_bytes) if asked == "auto" else asked
     return pack_points(points, size)
+
+
+def reused_point(sweep: Sweep, folder: RunFolder, index: int) -> Point | None:
+    """What the first task chose, if the task at `index` shall reuse it and it is known."""
+    if index == 0 or sweep.search.tasks == "every":
+        return None
+    first, choice = folder.read_plan(0), folder.read_selection(0)
+    return first.points[choice.chosen] if first and choice else None
 
 
 class Runner:
@@ -140,7 +152,7 @@ class Runner:
             MachineFault: The cluster has not.
         """
         self._sequence.check()
-        self._packs(grid(self._sweep, None), 0, self._sequence.empty_state())
+        self._packs(grid(self._sweep, None), 0, [0] * len(self._sequence.architecture.hidden))
 
     def run(self) -> Summary:
         """Commits every task that is not committed yet. Whatever is raised, what is finished stays, and can be resumed.
@@ -243,21 +255,21 @@ class Runner:
                     "a file of this run was changed"
                 )
             return self._adopt(existing)
-        points = grid(self._sweep, self._reused_point(index))
+        points = grid(self._sweep, reused_point(self._sweep, self._folder, index))
         plan = TaskPlan(
             task=index,
             name=self._sequence.task(index).name,
             parent_digest=state.digest,
             points=points,
             keys=tuple(self._sequence.key(state, index, point) for point in points),
-            packs=self._packs(points, index, state),
+            packs=self._packs(points, index, [units.active for units in count_units(state).values()]),
             environment=self._environment(),
         )
         self._folder.write_plan(plan)
         return plan
 
-    def _packs(self, points: Sequence[Point], index: int, state: State) -> tuple[tuple[int, ...], ...]:
-        memory = self._sequence.memory(state, index)
+    def _packs(self, points: Sequence[Point], index: int, active: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+        memory = self._sequence.memory(active, index)
         return plan_packs(self._sweep, points, memory, self._cluster.capacity.num_slots, self._cluster.slot_bytes)
 
     def _adopt(self, plan: TaskPlan) -> TaskPlan:
@@ -270,14 +282,6 @@ class Runner:
         if plan.environment != here:
             logger.warning("task %d was begun as %s and goes on as %s", plan.task, plan.environment, here)
         return plan
-
-    def _reused_point(self, index: int) -> Point | None:
-        if index == 0 or self._sweep.search.tasks == "every":
-            return None
-        first, choice = self._folder.read_plan(0), self._folder.read_selection(0)
-        assert first is not None, "task 0 is committed"
-        assert choice is not None, "task 0 is committed"
-        return first.points[choice.chosen]
 
     def _train(self, plan: TaskPlan, inputs: ObjectRef) -> Program[list[PointRecord]]:
         """Trains what is missing; every point of the plan has a record afterwards."""

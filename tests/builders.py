@@ -218,7 +218,9 @@ def write_run(folder: RunFolder, sweep: Sweep, num_tasks: int = 2) -> Iterator[s
     for task in range(num_tasks):
         keys = tuple(f"{task}-{point.name}" for point in points)
         environment = Environment("cpu", 1, "float32", "2.15", "0.1")
-        folder.write_plan(TaskPlan(task, f"task-{task}", state.digest, points, keys, (), environment))
+        folder.write_plan(
+            TaskPlan(task, f"task-{task}", state.digest, points, keys, pack_points(points, 4), environment)
+        )
         yield f"planned {task}"
         records = []
         for point in points:

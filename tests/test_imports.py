@@ -17,7 +17,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 LEVELS = [
     {"__main__"},
     {"cli"},
-    {"verification"},
+    {"verification", "planning"},
     {"sequence"},
     {"listener"},
     {"search", "selection", "tracking", "report"},

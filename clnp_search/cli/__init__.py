@@ -14,6 +14,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict
+from importlib import metadata
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
@@ -32,8 +33,10 @@ from clnp_search.cli.options import (
     Storage,
     SweepFile,
     TrackingUri,
+    folder_for,
     located,
     open_named,
+    recorded_sweep,
 )
 from clnp_search.cli.runs import failed_points, print_failed, status
 from clnp_search.cli.server import ui
@@ -50,6 +53,7 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("DO_NOT_TRACK", "true")
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
 
+logger = logging.getLogger(__name__)
 app = typer.Typer(
     name="clnp-search",
     no_args_is_help=True,
@@ -70,7 +74,7 @@ def main() -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     _handle_signals()
     try:
-        status = app(standalone_mode=False) or DONE
+        status = app(prog_name="clnp-search", standalone_mode=False) or DONE
     except InputError as error:
         status = _complain(INPUT_WRONG, str(error))
     except Interrupted as error:
@@ -82,12 +86,33 @@ def main() -> None:
     except SystemExit as error:  # typer's own answer to an interrupt is 130
         status = INTERRUPTED if error.code == 130 else FAILED if error.code else DONE
     except TyperException as error:
-        error.show()  # type: ignore[attr-defined]
-        status = INPUT_WRONG
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "clnp-search"
+        status = _complain(INPUT_WRONG, f"{error.format_message()}\nSee `{command} --help`".strip())
     except Exception as error:
-        logging.getLogger(__name__).debug("failed", exc_info=True)
         status = _complain(FAILED, f"{type(error).__name__}: {error}")
     _exit(status)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        out.print(f"clnp-search {metadata.version('clnp-search')}", highlight=False)
+        raise typer.Exit
+
+
+def _show_debug(asked: bool) -> None:
+    if asked:
+        logging.getLogger("clnp_search").setLevel(logging.DEBUG)
+
+
+@app.callback()
+def program(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", callback=_show_debug, help="Show tracebacks.")] = False,
+) -> None:
+    """Options of the program itself, before the command."""
 
 
 def run(
@@ -100,19 +125,12 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Run a sweep: search, prune and freeze task after task. The same command resumes a run that is partly done."""
-    from clnp_search.config import load_sweep, sweep_of
-    from clnp_search.storage import run_folder
+    from clnp_search.config import load_sweep
 
     sweep = located(load_sweep(sweep_file, overrides), storage, tracking_uri)
-    folder = run_folder(sweep.storage, name or sweep.name)
+    folder = folder_for(sweep, name)
     if folder.exists("sweep.yaml"):
-        recorded = sweep_of(folder)
-        if different := sweep.differences(recorded):
-            listed = "\n  ".join(different)
-            raise InputError(
-                f"{folder.uri} is a run with other settings:\n  {listed}\n"
-                "Give the new run another name with --name, or resume the old one with `clnp-search resume`."
-            )
+        recorded = recorded_sweep(folder, sweep)
         sweep = recorded.model_copy(update={"tracking": sweep.tracking, "resources": sweep.resources})
     _execute(sweep, folder, address, as_json)
 
@@ -129,6 +147,7 @@ def resume(
 ) -> None:
     """Go on with a run from its folder alone."""
     sweep, folder = open_named(run, storage)
+    folder.require_writable()
     _execute(located(sweep, None, tracking_uri), folder, address, as_json, retry_failed)
 
 
@@ -149,7 +168,7 @@ def submit(
     from clnp_search.search.submit import submit_run
 
     sweep = located(load_sweep(sweep_file, overrides), storage, tracking_uri)
-    job = submit_run(sweep, name or sweep.name, address)
+    job = submit_run(sweep, sweep.name if name is None else name, address)
     if not follow:
         print_json(asdict(job)) if as_json else out.print(f"submitted as {job.submission_id} to {job.address}")
         return
@@ -169,7 +188,10 @@ def _execute(sweep: Sweep, folder: RunFolder, address: str, as_json: bool, retry
     from clnp_search.cli.view import LiveView, summary_line, summary_table
     from clnp_search.lease import Lease
     from clnp_search.search.cluster import connect
+    from clnp_search.tracking.probe import fault_of
 
+    if fault := fault_of(sweep.tracking.uri):
+        err.print(f"[yellow]MLflow: {fault}.[/] The run goes on; its records wait in the run folder.", highlight=False)
     begun = folder.exists("sweep.yaml")
     publisher = Publisher(folder, sweep)
     lease = Lease(folder, _interrupt_main)
@@ -249,6 +271,8 @@ def _print_end(summary: Summary, folder: RunFolder, sweep: Sweep, table: Table, 
 
 
 def _complain(status: int, message: str) -> int:
+    """Says how the command ended; with `--debug`, also where."""
+    logger.debug("the command ended here", exc_info=True)
     err.print(message, style="red" if status in (FAILED, INPUT_WRONG) else "yellow", markup=False, highlight=False)
     return status
 

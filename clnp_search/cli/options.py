@@ -38,12 +38,13 @@ def located(sweep: Sweep, storage: str | None, tracking_uri: str | None) -> Swee
     """The sweep with every place made absolute, so that it means the same from another folder."""
     from clnp_search.config import TrackingConfig
 
-    storage = storage or sweep.storage
+    storage = sweep.storage if storage is None else storage
+    tracking_uri = sweep.tracking.uri if tracking_uri is None else tracking_uri
     return sweep.model_copy(
         update={
             "scenario": sweep.scenario.model_copy(update={"root": str(Path(sweep.scenario.root).absolute())}),
             "storage": storage if "://" in storage else str(Path(storage).absolute()),
-            "tracking": TrackingConfig(uri=absolute_sqlite(tracking_uri or sweep.tracking.uri)),
+            "tracking": TrackingConfig(uri=absolute_sqlite(tracking_uri)),
         }
     )
 
@@ -53,6 +54,35 @@ def absolute_sqlite(uri: str) -> str:
     prefix = "sqlite:///"
     path = uri.removeprefix(prefix)
     return f"{prefix}{Path(path).absolute()}" if uri.startswith(prefix) and not path.startswith("/") else uri
+
+
+def folder_for(sweep: Sweep, name: str | None) -> RunFolder:
+    """The folder of a sweep's run, which may not exist yet.
+
+    Raises:
+        InputError: The name is none, or no files can be put there.
+    """
+    from clnp_search.storage import run_folder
+
+    return run_folder(sweep.storage, sweep.name if name is None else name)
+
+
+def recorded_sweep(folder: RunFolder, sweep: Sweep) -> Sweep:
+    """The sweep of a run that exists.
+
+    Raises:
+        InputError: Its settings differ from `sweep`; says which.
+    """
+    from clnp_search.config import sweep_of
+
+    recorded = sweep_of(folder)
+    if different := sweep.differences(recorded):
+        listed = "\n  ".join(different)
+        raise InputError(
+            f"{folder.uri} is a run with other settings:\n  {listed}\n"
+            "Give the new run another name with --name, or resume the old one with `clnp-search resume`."
+        )
+    return recorded
 
 
 def open_named(run: str, storage: str) -> tuple[Sweep, RunFolder]:

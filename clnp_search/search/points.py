@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from clnp_search.clnp.state import State
+from clnp_search.clnp.state import Architecture
 from clnp_search.clnp.training import TrainingSettings
 from clnp_search.config import Sweep
 from clnp_search.records import Point
@@ -66,16 +66,23 @@ class MemoryEstimate:
 
 
 def estimate_memory(
-    state: State, num_classes: int, num_train: int, num_validation: int, settings: TrainingSettings
+    architecture: Architecture,
+    active: Sequence[int],
+    num_classes: int,
+    num_train: int,
+    num_validation: int,
+    settings: TrainingSettings,
 ) -> MemoryEstimate:
-    """What a pack on top of `state` needs, from its shapes.
+    """What a pack needs, from shapes alone.
 
     Each free parameter is held four times (value, gradient, two moments), and three times more while a checkpoint is
     written; bf16 adds half-width copies of weights and gradients.
+
+    Args:
+        active: Units of each hidden layer that are frozen already.
     """
-    architecture = state.architecture
-    frozen = [len(layer.active(state.num_tasks)) for layer in state.layers]
-    free = [len(layer.free) for layer in state.layers]
+    frozen = [*active]
+    free = [total - units for total, units in zip(architecture.hidden, active, strict=True)]
     if architecture.head == "single":
         frozen[-1] = 0
     inputs = [architecture.in_features, *(a + f for a, f in zip(frozen, free, strict=True))]
@@ -89,6 +96,24 @@ def estimate_memory(
     rows = 2 * settings.batch_size + 1000
     per_point = 1 + parameters * (16 + 12 + (6 if width == 2 else 0)) + rows * width * sum(free)
     return MemoryEstimate(fixed, per_point)
+
+
+def training_flop(architecture: Architecture, active: Sequence[int], num_classes: int) -> int:
+    """Floating-point operations of one sample's forward and backward pass through one point's free layers.
+
+    What reads frozen units or the input hands no gradient on: 4 operations a weight instead of 6.
+
+    Args:
+        active: Units of each hidden layer that are frozen already.
+    """
+    free = [total - units for total, units in zip(architecture.hidden, active, strict=True)]
+    shared, own = [architecture.in_features, *active], [0, *free]
+    if architecture.head == "single":
+        shared[-1] = 0
+    return sum(
+        units * (4 * frozen_inputs + 6 * free_inputs)
+        for units, frozen_inputs, free_inputs in zip((*free, num_classes), shared, own, strict=True)
+    )
 
 
 def pack_points(points: Sequence[Point], points_per_trial: int) -> tuple[tuple[int, ...], ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -151,12 +152,25 @@ def _train(inputs: TaskInputs, points: Sequence[Point], notes: tuple[str, ...]) 
     folder.delete_checkpoint(task, name)
 
 
-def _begin(inputs: TaskInputs, points: Sequence[Point]) -> tuple[Pack, Training, Features]:
+def measure_step(inputs: TaskInputs, points: Sequence[Point], num_steps: int) -> float:
+    """Seconds of a step of a pack's training, from a few steps of real training, of which nothing is kept."""
+    data, num_samples = inputs.data(), num_steps * inputs.run.settings.batch_size
+    few = replace(data, train=data.train.first(num_samples), validation=data.validation.first(1))
+    _, training, train = _begin(inputs, points, few)
+    training.run_epoch()  # not counted: allocates, and chooses kernels
+    started = time.perf_counter()
+    training.run_epoch()
+    return (time.perf_counter() - started) / math.ceil(len(train) / inputs.run.settings.batch_size)
+
+
+def _begin(
+    inputs: TaskInputs, points: Sequence[Point], data: TaskData | None = None
+) -> tuple[Pack, Training, Features]:
     """A pack before its first epoch, its training, and the training split."""
     settings, seed = inputs.run.settings, inputs.run.seed
     device = _prepare(inputs.plan, settings)
     with _computing():
-        data = inputs.data()
+        data = data or inputs.data()
         alphas, rates = [point.alpha for point in points], [point.learning_rate for point in points]
         pack = Pack(inputs.state, data.info.num_classes, alphas, seed, device, settings.dtype)
         train, validation = (

@@ -28,6 +28,10 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def first(self, number: int) -> Split:
+        """At most so many of its samples."""
+        return Split(self.inputs[:number], self.labels[:number])
+
 
 @dataclass(frozen=True)
 class TaskData:

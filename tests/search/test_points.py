@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from builders import make_point, make_state, make_sweep
 
-from clnp_search.clnp.state import Architecture
+from clnp_search.clnp.pack import Pack
+from clnp_search.clnp.state import Architecture, State
 from clnp_search.clnp.training import TrainingSettings
 from clnp_search.records import Point
 from clnp_search.search.points import (
@@ -20,6 +21,7 @@ from clnp_search.search.points import (
     pack_name,
     pack_points,
     point_key,
+    training_flop,
 )
 from clnp_search.tasks import Task
 
@@ -177,7 +179,12 @@ def estimate(
     settings: TrainingSettings = SETTINGS,
     num_tasks: int = 0,
 ) -> MemoryEstimate:
-    return estimate_memory(make_state(architecture, num_tasks), num_classes, num_train, num_validation, settings)
+    active = active_units(make_state(architecture, num_tasks))
+    return estimate_memory(architecture, active, num_classes, num_train, num_validation, settings)
+
+
+def active_units(state: State) -> list[int]:
+    return [len(layer.active(state.num_tasks)) for layer in state.layers]
 
 
 def test_more_points_need_more_memory() -> None:
@@ -216,5 +223,13 @@ def test_a_single_heads_last_layer_needs_no_cache_of_frozen_units() -> None:
 @pytest.mark.parametrize("head", ["multi", "single"])
 def test_a_full_network_can_be_planned(head: str) -> None:
     full = make_state(replace(ARCHITECTURE, head=head), 1, theta=-1.0)
-    memory = estimate_memory(full, 2, 1000, 100, SETTINGS)
+    memory = estimate_memory(full.architecture, active_units(full), 2, 1000, 100, SETTINGS)
     assert auto_points_per_trial(12, 1, memory, memory.total(100)) == 12
+
+
+@pytest.mark.parametrize("head", ["multi", "single"])
+@pytest.mark.parametrize("num_tasks", [0, 2])
+def test_the_arithmetic_of_shapes_is_that_of_a_pack(head: str, num_tasks: int) -> None:
+    state = make_state(replace(ARCHITECTURE, head=head), num_tasks)
+    pack = Pack(state, 2, [(0.0,) * 3] * 2, seed=0)
+    assert 2 * training_flop(state.architecture, active_units(state), 2) == pack.training_flop
