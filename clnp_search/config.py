@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -265,13 +265,17 @@ class Sweep(_Section):
 
     def differences(self, other: Sweep) -> list[str]:
         """The settings that decide results and differ from another sweep's, one `key: mine, other's` each."""
-        mine, others = self.model_dump(mode="json"), other.model_dump(mode="json")
-        for dump in (mine, others):
-            for key in ("name", "storage", "tracking", "resources"):
-                dump.pop(key)
+        return [f"{key}: {mine} here, {others} there" for key, (mine, others) in self.differing([other]).items()]
+
+    def differing(self, others: Sequence[Sweep]) -> dict[str, list[Any]]:
+        """The settings that decide results and are not the same in all: values by key, this sweep's own first."""
+        flats = []
+        for sweep in (self, *others):
+            dump = sweep.model_dump(mode="json", exclude={"name", "storage", "tracking", "resources"})
             dump["scenario"].pop("root")
-        flat, other_flat = dict(_flatten(mine)), dict(_flatten(others))
-        return [f"{key}: {flat[key]} here, {other_flat[key]} there" for key in flat if flat[key] != other_flat[key]]
+            flats.append(dict(_flatten(dump)))
+        values = {key: [flat.get(key) for flat in flats] for key in flats[0]}
+        return {key: each for key, each in values.items() if any(value != each[0] for value in each)}
 
 
 def load_sweep(path: Path, overrides: list[str] | None = None) -> Sweep:

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -188,9 +189,10 @@ class Runner:
                 summary = self._write_summary(results, state)
                 for listener in self._listeners:
                     listener.committed(summary, time.perf_counter() - started)
-        except Exception:
+        except Exception as error:
+            reason = str(error) if isinstance(error, MachineFault | InputError) else f"{type(error).__name__}: {error}"
             with suppress(OSError):  # the storage may be what failed
-                self._folder.write_summary(self._summary("failed", results, state))
+                self._folder.write_summary(replace(self._summary("failed", results, state), reason=reason))
             raise
         return summary
 

@@ -99,6 +99,16 @@ class RunFolder:
                 return False
             raise
 
+    def written_at(self, path: str) -> float:
+        """When a file was last written, in seconds since 1970 by the storage's clock; 0 if it is not there."""
+        info = self._filesystem.get_file_info(self._at(path))
+        return info.mtime_ns / 1e9 if info.mtime_ns else 0.0
+
+    def folders(self) -> tuple[str, ...]:
+        """Names of the folders in this one, sorted."""
+        infos = self._filesystem.get_file_info(pyarrow.fs.FileSelector(self._root, allow_not_found=True))
+        return tuple(sorted(info.base_name for info in infos if info.type == pyarrow.fs.FileType.Directory))
+
     def read(self, path: str) -> bytes:
         """A file's bytes.
 

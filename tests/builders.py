@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -245,7 +246,16 @@ def write_run(folder: RunFolder, sweep: Sweep, num_tasks: int = 2) -> Iterator[s
             scans.append(scan)
         choice = choose(records, scans, 0.01)
         folder.write_selection(task, choice)
-        folder.write_points_table(task, [{"point": record.point.name, "status": record.status} for record in records])
+        passing = {scan.point: scan for scan in scans}
+        rows = []
+        for record in records:
+            row: dict[str, Any] = {"point": record.point.name, "status": record.status}
+            found = passing.get(record.point.index)
+            row |= {"in_margin": record in inside, "selected": record.point.index == choice.chosen}
+            row |= {"theta": json.dumps(found.theta) if found else ""}
+            row |= {"pruned_val_accuracy": found.val_accuracy if found else ""}
+            rows.append(row | {"unit_sparsity": found.unit_sparsity if found else ""})
+        folder.write_points_table(task, rows)
         for scan in scans:
             folder.write_curve(task, points[scan.point].name, scan.curve, layers)
         yield f"chosen {task}"

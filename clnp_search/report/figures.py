@@ -9,8 +9,9 @@ from __future__ import annotations
 import io
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
+from statistics import fmean
 from typing import Any, ParamSpec
 
 import matplotlib
@@ -239,6 +240,39 @@ def accuracy_against_sparsity(
     return figure
 
 
+@_styled
+def comparison(summaries: Mapping[str, Summary]) -> Figure:
+    """Accuracy of every task and on average so far, and the share of units still free, task after task."""
+    figure = Figure(figsize=(7.2, 6.0), dpi=DPI)
+    each, average, free = figure.subplots(3, 1, sharex=True)
+    for index, ((run, summary), colour) in enumerate(zip(summaries.items(), _shades(len(summaries)), strict=True)):
+        tasks = [result.index for result in summary.tasks]
+        line: dict[str, Any] = {"color": colour, "marker": MARKERS[index % len(MARKERS)], "linewidth": 1.2}
+        each.plot(tasks, [result.test_accuracy for result in summary.tasks], label=run, **line)
+        average.plot(tasks, [fmean(result.test_accuracies) for result in summary.tasks], **line)
+        free.plot(tasks, [_free_share(result) for result in summary.tasks], **line)
+    for axes, title in (
+        (each, "Test accuracy of each task, right after it (%)"),
+        (average, "Average test accuracy of all tasks so far (%)"),
+        (free, "Units still free (%)"),
+    ):
+        axes.set_title(title)
+        axes.yaxis.set_major_formatter(PERCENT)
+        axes.grid(axis="y")
+    free.set_ylim(0, 1)
+    free.set_xlabel("task")
+    free.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.legend(loc="outside lower center", ncols=min(3, len(summaries)))
+    return figure
+
+
+def to_bytes(figure: Figure, suffix: str) -> bytes:
+    """The figure as a file of the kind that its name's end says: .png, .svg, .pdf."""
+    stream = io.BytesIO()
+    FigureCanvasAgg(figure).print_figure(stream, format=suffix.removeprefix("."))
+    return stream.getvalue()
+
+
 class _Task:
     """What both figures of a task share: colours by alpha, the margin, the legend."""
 
@@ -295,6 +329,11 @@ def _shades(number: int) -> list[str]:
 
 def _dot(marker: str, colour: str, label: str, markersize: float = 5.0) -> Line2D:
     return Line2D([], [], linestyle="", marker=marker, color=colour, label=label, markersize=markersize)
+
+
+def _free_share(result: TaskResult) -> float:
+    units = result.units.values()
+    return sum(each.free for each in units) / sum(each.total for each in units)
 
 
 def _alpha(alpha: Sequence[float]) -> str:
