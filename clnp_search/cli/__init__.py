@@ -38,7 +38,7 @@ from clnp_search.cli.options import (
     open_named,
     recorded_sweep,
 )
-from clnp_search.cli.runs import failed_points, print_failed, status
+from clnp_search.cli.runs import compare, failed_points, print_failed, runs, status
 from clnp_search.cli.server import ui
 from clnp_search.cli.sweeps import plan, schema
 from clnp_search.errors import InputError, Interrupted, MachineFault
@@ -128,11 +128,7 @@ def run(
     from clnp_search.config import load_sweep
 
     sweep = located(load_sweep(sweep_file, overrides), storage, tracking_uri)
-    folder = folder_for(sweep, name)
-    if folder.exists("sweep.yaml"):
-        recorded = recorded_sweep(folder, sweep)
-        sweep = recorded.model_copy(update={"tracking": sweep.tracking, "resources": sweep.resources})
-    _execute(sweep, folder, address, as_json)
+    _execute(*run_of(sweep, name), address, as_json)
 
 
 def resume(
@@ -179,13 +175,45 @@ def submit(
         raise typer.Exit(FAILED)
 
 
-for command in (run, resume, plan, status, verify, evaluate, export, submit, ui, schema):
+for command in (run, resume, plan, status, runs, compare, verify, evaluate, export, submit, ui, schema):
     app.command()(command)
 
 
+def run_of(sweep: Sweep, name: str | None) -> tuple[Sweep, RunFolder]:
+    """A sweep's run, which may be partly done, and its settings.
+
+    Raises:
+        InputError: It was begun with other settings, or cannot be stored there.
+    """
+    folder = folder_for(sweep, name)
+    if folder.exists("sweep.yaml"):
+        recorded = recorded_sweep(folder, sweep)
+        sweep = recorded.model_copy(update={"tracking": sweep.tracking, "resources": sweep.resources})
+    return sweep, folder
+
+
 def _execute(sweep: Sweep, folder: RunFolder, address: str, as_json: bool, retry_failed: bool = False) -> None:
+    from clnp_search.cli.view import summary_line, summary_table
+
+    summary = drive(sweep, folder, address, retry_failed)
+    failed = failed_points(folder)
+    if as_json:
+        print_json(asdict(summary) | {"failed_points": failed})
+        return
+    _print_end(summary, folder, sweep, summary_table(summary), summary_line(summary))
+    print_failed(failed)
+
+
+def drive(sweep: Sweep, folder: RunFolder, address: str, retry_failed: bool = False) -> Summary:
+    """Takes a run from where it stands to its end; what is seen meanwhile goes to standard error.
+
+    Raises:
+        InputError: What was asked for cannot be had; nothing was written.
+        Interrupted: By a signal, or by another process that took the run over.
+        MachineFault: What the run needs failed.
+    """
     from clnp_search.cli.publisher import Publisher
-    from clnp_search.cli.view import LiveView, summary_line, summary_table
+    from clnp_search.cli.view import LiveView
     from clnp_search.lease import Lease
     from clnp_search.search.cluster import connect
     from clnp_search.tracking.probe import fault_of
@@ -234,12 +262,7 @@ def _execute(sweep: Sweep, folder: RunFolder, address: str, as_json: bool, retry
             f"[yellow]Figures and MLflow are behind: {publisher.unavailable}[/]\n"
             f"The records wait in the run folder; `clnp-search resume {as_typed(folder)}` logs them later."
         )
-    failed = failed_points(folder)
-    if as_json:
-        print_json(asdict(summary) | {"failed_points": failed})
-        return
-    _print_end(summary, folder, sweep, summary_table(summary), summary_line(summary))
-    print_failed(failed)
+    return summary
 
 
 def _again(folder: RunFolder, begun: bool) -> str:
@@ -287,6 +310,8 @@ def _exit(status: int) -> NoReturn:
 
 
 def _handle_signals() -> None:
+    if threading.current_thread() is not threading.main_thread():
+        return  # of a notebook's server, for example: only the main thread may
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
 
