@@ -117,7 +117,7 @@ class Run:
                     values |= {"val_accuracy": record.val_accuracy if record.status == "done" else float("nan")}
                     rows.append(values | {"seconds": record.seconds})
             if path := self._folder.artifacts(task).get("points.csv"):
-                table = pd.read_csv(io.BytesIO(self._folder.read(path)))
+                table = self._table(path)
                 table["theta"] = [tuple(json.loads(text)) if isinstance(text, str) else None for text in table["theta"]]
                 choices.append(table.assign(task=task)[["task", "point", *CHOICE]])
         points = _frame(rows, "task", "point")
@@ -147,8 +147,7 @@ class Run:
                 folder, _, file = name.partition("/")
                 if folder == "curves":
                     point, _, raised = file.removesuffix(".csv").partition(".")
-                    table = pd.read_csv(io.BytesIO(self._folder.read(path)))
-                    tables.append(table.assign(task=task, point=point, raised=raised))
+                    tables.append(self._table(path).assign(task=task, point=point, raised=raised))
         if not tables:
             return _frame([], "task", "point", "raised")
         return pd.concat(tables).set_index(["task", "point", "raised"])
@@ -166,6 +165,11 @@ class Run:
             allowed = f"0 to {committed - 1}" if committed else "none yet"
             raise InputError(f"task {task} is not committed; allowed: {allowed}")
         return Subnetwork(self._folder.read_state(committed - 1), task)
+
+    def _table(self, path: str) -> pd.DataFrame:
+        """A CSV file of the run; one without a row has no column either."""
+        data = self._folder.read(path)
+        return pd.read_csv(io.BytesIO(data), float_precision="round_trip") if data.strip() else pd.DataFrame()
 
     def _plans(self) -> Iterator[tuple[int, Any]]:
         for task in range(self.sweep.scenario.tasks):

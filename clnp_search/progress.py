@@ -73,8 +73,13 @@ def progress_of(folder: RunFolder) -> Progress:
         task=task,
         points_done=sum(record is not None for record in records),
         points=len(records),
-        failed_points=tuple(FailedPoint(at, record.point.name, record.reason) for at, record in folder.read_failed()),
+        failed_points=failed_points(folder),
     )
+
+
+def failed_points(folder: RunFolder) -> tuple[FailedPoint, ...]:
+    """The points of all tasks that failed."""
+    return tuple(FailedPoint(task, record.point.name, record.reason) for task, record in folder.read_failed())
 
 
 def is_running(folder: RunFolder) -> bool:

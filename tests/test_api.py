@@ -74,6 +74,13 @@ def test_curves_are_one_table(run: clnp_search.Run) -> None:
     assert run.curves.loc[(0, "p001", "")]["theta"].tolist() == [1.5, 0.6, 0.0]
 
 
+def test_a_curve_without_a_step_has_no_row(folder: RunFolder) -> None:
+    folder.write_curve(0, "p001", [], ["hidden0", "hidden1"])
+    curves = clnp_search.load(folder.uri).curves
+    assert (0, "p001") not in curves.index.droplevel("raised")
+    assert (0, "p002") in curves.index.droplevel("raised")
+
+
 def test_a_run_without_a_task_has_empty_tables(tmp_path: Path) -> None:
     folder = RunFolder(str(tmp_path / "begun"))
     next(write_run(folder, make_sweep()))

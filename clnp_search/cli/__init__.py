@@ -38,7 +38,7 @@ from clnp_search.cli.options import (
     open_named,
     recorded_sweep,
 )
-from clnp_search.cli.runs import compare, failed_points, print_failed, runs, status
+from clnp_search.cli.runs import compare, print_failed, runs, status
 from clnp_search.cli.server import ui
 from clnp_search.cli.sweeps import plan, schema
 from clnp_search.errors import InputError, Interrupted, MachineFault
@@ -194,11 +194,12 @@ def run_of(sweep: Sweep, name: str | None) -> tuple[Sweep, RunFolder]:
 
 def _execute(sweep: Sweep, folder: RunFolder, address: str, as_json: bool, retry_failed: bool = False) -> None:
     from clnp_search.cli.view import summary_line, summary_table
+    from clnp_search.progress import failed_points
 
     summary = drive(sweep, folder, address, retry_failed)
     failed = failed_points(folder)
     if as_json:
-        print_json(asdict(summary) | {"failed_points": failed})
+        print_json(asdict(summary) | {"failed_points": [asdict(each) for each in failed]})
         return
     _print_end(summary, folder, sweep, summary_table(summary), summary_line(summary))
     print_failed(failed)

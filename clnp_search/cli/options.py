@@ -35,11 +35,17 @@ TrackingUri = Annotated[
 
 
 def located(sweep: Sweep, storage: str | None, tracking_uri: str | None) -> Sweep:
-    """The sweep with every place made absolute, so that it means the same from another folder."""
+    """The sweep with every place made absolute, so that it means the same from another folder.
+
+    Raises:
+        InputError: A place is named by nothing.
+    """
     from clnp_search.config import TrackingConfig
 
     storage = sweep.storage if storage is None else storage
     tracking_uri = sweep.tracking.uri if tracking_uri is None else tracking_uri
+    if not storage or not tracking_uri:
+        raise InputError(f"{'--tracking-uri' if storage else '--storage'} is empty; leave it out for the sweep's own")
     return sweep.model_copy(
         update={
             "scenario": sweep.scenario.model_copy(update={"root": str(Path(sweep.scenario.root).absolute())}),

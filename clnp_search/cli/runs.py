@@ -16,7 +16,7 @@ from clnp_search.cli.options import AsJson, Run, Storage
 from clnp_search.errors import InputError
 
 if TYPE_CHECKING:
-    from clnp_search.progress import Progress
+    from clnp_search.progress import FailedPoint, Progress
     from clnp_search.storage import RunFolder
 
 FIGURE_SUFFIXES = (".png", ".svg", ".pdf")
@@ -50,7 +50,7 @@ def status(run: Run, storage: Storage = "runs/", as_json: AsJson = False) -> Non
         out.print(summary.reason, style="red", markup=False, highlight=False)
     if progress.points:
         out.print(f"task {progress.task}: {progress.points_done} of {count(progress.points, 'point')} trained")
-    print_failed([asdict(each) for each in progress.failed_points])
+    print_failed(progress.failed_points)
     if progress.status in ("interrupted", "failed"):
         out.print(f"go on with `clnp-search resume {run}`", highlight=False)
 
@@ -79,7 +79,7 @@ def runs(storage: Storage = "runs/", as_json: AsJson = False) -> None:
         table.add_row(
             row["name"],
             f"[{COLOURS[row['status']]}]{row['status']}[/]",
-            f"{row['margin']:.4g}",
+            _text(row["margin"]),
             str(row["seed"]),
             f"{row['tasks']}/{row['num_tasks']}",
             "" if accuracy is None else f"{accuracy:.2%}",
@@ -126,18 +126,15 @@ def compare(
 
         _write("--figure", figure_file, to_bytes(comparison(summaries), figure_file.suffix.lower()))
     if as_json:
-        rows = [
-            _row(folder, progress) | {"name": label} for label, (folder, progress) in zip(labels, found, strict=True)
-        ]
-        print_json({"runs": rows, "tasks": comparison_rows(summaries)})
+        print_json({"runs": cells, "tasks": comparison_rows(summaries)})
         return
     table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
     table.add_column("")
     for label in labels:
         table.add_column(label, justify="right")
     table.add_row("status", *(f"[{COLOURS[row['status']]}]{row['status']}[/]" for row in cells))
-    for label, key in (("margin", "margin"), ("seed", "seed"), ("tasks", "tasks"), ("points", "points")):
-        table.add_row(label, *(f"{row[key]:.6g}" for row in cells))
+    for key in ("margin", "seed", "tasks", "points"):
+        table.add_row(key, *(_text(row[key]) for row in cells))
     table.add_row("seconds", *(f"{row['seconds']:.0f}" for row in cells))
     table.add_row("average test accuracy", *(f"{row['average_test_accuracy']:.2%}" for row in cells))
     table.add_row("free units", *(_shares(row["free_units"], row["units"]) for row in cells), end_section=True)
@@ -158,20 +155,12 @@ def compare(
             err.print(f"written: {file}", highlight=False)
 
 
-def failed_points(folder: RunFolder) -> list[dict[str, Any]]:
-    """Every point that failed: its task, its name and why."""
-    return [
-        {"task": task, "point": record.point.name, "reason": record.reason} for task, record in folder.read_failed()
-    ]
-
-
-def print_failed(failed: Sequence[dict[str, Any]]) -> None:
+def print_failed(failed: Sequence[FailedPoint]) -> None:
     """Says how many points failed, which and why."""
     if failed:
         out.print(f"{count(len(failed), 'point')} failed:", style="yellow", highlight=False)
     for each in failed:
-        line = f"  task {each['task']}, {each['point']}: {each['reason']}"
-        out.print(line, style="yellow", markup=False, highlight=False)
+        out.print(f"  task {each.task}, {each.point}: {each.reason}", style="yellow", markup=False, highlight=False)
 
 
 def _row(folder: RunFolder, progress: Progress | None) -> dict[str, Any]:
@@ -196,6 +185,10 @@ def _row(folder: RunFolder, progress: Progress | None) -> dict[str, Any]:
         "units": None if units is None else sum(each.total for each in units),
         "state_digest": summary.state_digest,
     }
+
+
+def _text(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _shares(free: int, units: int) -> str:

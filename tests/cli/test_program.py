@@ -45,6 +45,11 @@ def test_an_empty_name_is_refused(cli: Cli, command: str) -> None:
     assert answer.stderr.startswith("name '': allowed are letters")
 
 
+@pytest.mark.parametrize("option", ["--storage", "--tracking-uri"])
+def test_an_empty_place_is_refused(cli: Cli, option: str) -> None:
+    assert cli("run", "sweep.yaml", option, "", status=2).stderr.startswith(f"{option} is empty")
+
+
 @pytest.mark.parametrize("command", ["run", "plan"])
 @pytest.mark.parametrize("storage", ["file", "file/below"])
 def test_storage_that_is_a_file_or_below_one_is_refused_in_a_sentence(cli: Cli, command: str, storage: str) -> None:
