@@ -169,7 +169,7 @@ class Run:
     def _table(self, path: str) -> pd.DataFrame:
         """A CSV file of the run; one without a row has no column either."""
         data = self._folder.read(path)
-        return pd.read_csv(io.BytesIO(data), float_precision="round_trip") if data.strip() else pd.DataFrame()
+        return pd.read_csv(io.BytesIO(data)) if data.strip() else pd.DataFrame()
 
     def _plans(self) -> Iterator[tuple[int, Any]]:
         for task in range(self.sweep.scenario.tasks):

@@ -251,10 +251,11 @@ def test_a_run_from_python_is_the_same_run_and_its_tables_are_those_of_its_files
     run = clnp_search.load(finished)
     for task in (0, 1, 2):
         rows = read_csv(finished / "tasks" / f"{task:03d}" / "points.csv")
-        assert [float(row["val_accuracy"]) for row in rows] == run.points.loc[task, "val_accuracy"].tolist()
+        assert run.points.loc[task, "val_accuracy"].tolist() == [float(row["val_accuracy"]) for row in rows]
         chosen = run.tasks.loc[task, "point"]
         curve = read_csv(finished / "tasks" / f"{task:03d}" / "curves" / f"{chosen}.csv")
-        assert [float(step["theta"]) for step in curve] == run.curves.loc[(task, chosen, ""), "theta"].tolist()
+        thetas = [float(step["theta"]) for step in curve]
+        assert run.curves.loc[(task, chosen, ""), "theta"].tolist() == pytest.approx(thetas, rel=1e-15)
     raw = load_digits(Path())
     samples, labels = torch.from_numpy(raw.test_inputs), torch.from_numpy(raw.test_labels)
     assert run.subnetwork(0).accuracy(samples, labels) == run.accuracies.loc[2, 0]
