@@ -160,7 +160,9 @@ def print_failed(failed: Sequence[FailedPoint]) -> None:
     if failed:
         out.print(f"{count(len(failed), 'point')} failed:", style="yellow", highlight=False)
     for each in failed:
-        out.print(f"  task {each.task}, {each.point}: {each.reason}", style="yellow", markup=False, highlight=False)
+        out.print(
+            f"  task {each.task}: {each.point} failed: {each.reason}", style="yellow", markup=False, highlight=False
+        )
 
 
 def _row(folder: RunFolder, progress: Progress | None) -> dict[str, Any]:

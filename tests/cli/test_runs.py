@@ -83,7 +83,7 @@ def test_failed_points_of_all_tasks_are_counted_and_named_with_their_reasons(cli
     failed = [{"task": task, "point": "p003", "reason": "diverged"} for task in (0, 1)]
     assert cli.json("status", "run")["failed_points"] == failed
     assert cli("status", "run").stdout.endswith(
-        "2 points failed:\n  task 0, p003: diverged\n  task 1, p003: diverged\n"
+        "2 points failed:\n  task 0: p003 failed: diverged\n  task 1: p003 failed: diverged\n"
     )
 
 
