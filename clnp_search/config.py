@@ -22,7 +22,7 @@ from pydantic import (
     Discriminator,
     Field,
     FiniteFloat,
-    PositiveInt,
+    StrictBool,
     Tag,
     ValidationError,
     WithJsonSchema,
@@ -45,27 +45,23 @@ if TYPE_CHECKING:
     from clnp_search.clnp.training import TrainingSettings
 
 
-def _parse_margin(value: Any) -> Any:
+def _parse_share(value: Any) -> Any:
+    """A percentage as the fraction that it is; all else stays."""
     if isinstance(value, str) and value.strip().endswith("%"):
         try:
             return float(value.strip().removesuffix("%")) / 100
         except ValueError:
             raise ValueError("write a percentage such as 0.05%, or a fraction such as 0.0005") from None
+    return value
+
+
+def _parse_margin(value: Any) -> Any:
     if isinstance(value, int | float) and not isinstance(value, bool) and value >= 0.5:
         raise ValueError(
             f"a bare number is a fraction of 1, so {value} would allow a loss of {value:.0%} of accuracy; "
             f"write '{value}%' if you mean percentage points"
         )
-    return value
-
-
-def _parse_share(value: Any) -> Any:
-    if isinstance(value, str) and value.strip().endswith("%"):
-        try:
-            return float(value.strip().removesuffix("%")) / 100
-        except ValueError:
-            raise ValueError("write a percentage such as 25%, or a fraction such as 0.25") from None
-    return value
+    return _parse_share(value)
 
 
 def _check_alpha(value: Any) -> Any:
@@ -90,11 +86,7 @@ def _check_conv_layer(value: Any) -> Any:
 
 
 def _parse_validation(value: Any) -> Any:
-    if isinstance(value, str) and value.strip().endswith("%"):
-        try:
-            value = float(value.strip().removesuffix("%")) / 100
-        except ValueError:
-            value = None
+    value = _parse_share(value)
     whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
     if not whole and not (isinstance(value, float) and 0 < value < 1):
         raise ValueError("write a number of samples, 1 or more, or a share of them such as 10% or 0.1")
@@ -109,42 +101,60 @@ def _check_scenario(name: str) -> str:
     return name
 
 
-def _as_list(value: Any) -> Any:
-    return value if isinstance(value, list | tuple) else [value]
+def _list_or_one(item: Any) -> BeforeValidator:
+    """Takes a single value for a list of one."""
+
+    def as_list(value: Any) -> Any:
+        return value if isinstance(value, list | tuple) else [value]
+
+    return BeforeValidator(as_list, json_schema_input_type=item | Annotated[tuple[item, ...], Field(min_length=1)])
 
 
-Margin = Annotated[float, BeforeValidator(_parse_margin), Field(ge=0, lt=1)]
-NonNegative = Annotated[FiniteFloat, Field(ge=0)]
-Positive = Annotated[FiniteFloat, Field(gt=0)]
-AlphaValue = float | tuple[float, ...] | dict[str, float]
-Alpha = Annotated[AlphaValue, BeforeValidator(_check_alpha)]
-ConvLayer = Annotated[
-    PositiveInt | str,
-    BeforeValidator(_check_conv_layer),
-    WithJsonSchema(
-        {"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string", "pattern": r"^(pool|valid [1-9]\d*)$"}]}
+# Strict: YAML has numbers of its own, and `true` is none of them. What a validator takes before it is parsed is said by
+# its `json_schema_input_type`, so that the schema for editors takes the same.
+Count = Annotated[int, Field(strict=True, ge=0)]
+PositiveCount = Annotated[int, Field(strict=True, ge=1)]
+NonNegative = Annotated[FiniteFloat, Field(strict=True, ge=0)]
+Positive = Annotated[FiniteFloat, Field(strict=True, gt=0)]
+Text = Annotated[str, Field(min_length=1)]
+_Percentage = Annotated[str, Field(pattern=r"^\s*\d+(\.\d*)?([eE][+-]?\d+)?\s*%\s*$")]
+Margin = Annotated[
+    float,
+    Field(strict=True, ge=0, lt=1),
+    BeforeValidator(_parse_margin, json_schema_input_type=Annotated[float, Field(ge=0, lt=0.5)] | _Percentage),
+]
+Growth = Annotated[
+    float,
+    Field(strict=True, gt=0, le=10),
+    BeforeValidator(_parse_share, json_schema_input_type=Annotated[float, Field(gt=0, le=10)] | _Percentage),
+]
+Validation = Annotated[
+    int | float,
+    BeforeValidator(
+        _parse_validation,
+        json_schema_input_type=PositiveCount | Annotated[float, Field(gt=0, lt=1)] | _Percentage,
     ),
 ]
-Grid = BeforeValidator(_as_list)
+AlphaValue = float | tuple[float, ...] | dict[str, float]
+_AlphaInput = (
+    NonNegative
+    | Annotated[tuple[NonNegative, ...], Field(min_length=1)]
+    | Annotated[dict[str, NonNegative], Field(min_length=1)]
+)
+Alpha = Annotated[AlphaValue, BeforeValidator(_check_alpha, json_schema_input_type=_AlphaInput)]
+ConvLayer = Annotated[
+    PositiveCount | str,
+    BeforeValidator(
+        _check_conv_layer,
+        json_schema_input_type=PositiveCount | Annotated[str, Field(pattern=r"^(pool|valid [1-9]\d*)$")],
+    ),
+]
 ScenarioName = Annotated[
     str,
     AfterValidator(_check_scenario),
     WithJsonSchema({"anyOf": [{"enum": list(SCENARIOS)}, {"type": "string", "pattern": f"^{IMPORT_PATH}$"}]}),
 ]
-Validation = Annotated[
-    int | float,
-    BeforeValidator(_parse_validation),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"type": "integer", "minimum": 1},
-                {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1},
-                {"type": "string", "pattern": r"^\s*[0-9.]+\s*%\s*$"},
-            ]
-        }
-    ),
-]
-ClassName = Annotated[str, BeforeValidator(str), WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "integer"}]})]
+ClassName = Annotated[str, BeforeValidator(str, json_schema_input_type=str | int)]
 ClassNames = Annotated[tuple[ClassName, ...], Field(min_length=1)]
 
 
@@ -155,9 +165,9 @@ class _Section(BaseModel):
 class AugmentConfig(_Section):
     """Random changes of training images, in training batches only, the same for all points of a pack."""
 
-    crop: Annotated[int, Field(ge=0)] = 0
+    crop: Count = 0
     """Move each image by up to so many pixels in each direction; zeros move in."""
-    flip: bool = False
+    flip: StrictBool = False
     """Mirror half of the images, left to right."""
 
     @property
@@ -175,7 +185,7 @@ class ScenarioConfig(_Section):
     class_folders (images in train/CLASS/ and test/CLASS/ of a folder or zip);
     torchvision:NAME (any of torchvision's classification data sets, its classes split into tasks);
     or package.module:function, your own, which returns the tasks (see `clnp_search.tasks.OwnTask`)."""
-    tasks: PositiveInt | None = None
+    tasks: PositiveCount | None = None
     """Number of tasks; the classes are shared out evenly, in order. Default: 10 for permuted_mnist, 6 for split_cifar,
     as many as there are lists of classes, all of your own, else 5."""
     validation: Validation = 300
@@ -184,12 +194,12 @@ class ScenarioConfig(_Section):
     scaling: Literal["standard", "unit"] = "standard"
     """Of the inputs: each channel's mean 0 and deviation 1 over the first task's training split (no validation sample
     and no later task is looked at), or raw values divided by their maximum."""
-    root: str = "data/"
+    root: Text = "data/"
     """Folder of the data sets, as torchvision lays it out; downloads go here. For split_cifar also of cifar10.zip and
     cifar100.zip (class folders). For class_folders the folder or zip itself."""
     classes: Annotated[tuple[ClassNames, ...], Field(min_length=1)] | None = None
     """One list of class names for each task, instead of equal shares (class_folders, torchvision)."""
-    size: tuple[PositiveInt, PositiveInt] | None = None
+    size: tuple[PositiveCount, PositiveCount] | None = None
     """[height, width] that every image is resized to (class_folders, torchvision)."""
     arguments: dict[str, Any] = {}
     """What your own function, or torchvision's data set, is called with, by name."""
@@ -213,7 +223,7 @@ class MlpConfig(_Section):
     flatten: ClassVar[bool] = True
     name: Literal["mlp"] = "mlp"
     """mlp: a multilayer perceptron."""
-    hidden: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
+    hidden: Annotated[tuple[PositiveCount, ...], Field(min_length=1)]
     """Units of each hidden layer."""
     activation: Literal["relu", "sigmoid", "tanh"] = "relu"
     """Activation of the hidden layers."""
@@ -238,13 +248,13 @@ class ConvConfig(_Section):
     """conv: 3 x 3 convolutions and maximum pools, then dense layers."""
     layers: Annotated[tuple[ConvLayer, ...], Field(min_length=1)]
     """Channels of each convolution (padding 1), `valid N` for N channels without padding, or `pool` (2 x 2)."""
-    dense: tuple[PositiveInt, ...] = ()
+    dense: tuple[PositiveCount, ...] = ()
     """Units of the dense layers after them."""
     activation: Literal["relu", "sigmoid", "tanh"] = "relu"
     """Activation of the hidden layers."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: Annotated[float, Field(strict=True, ge=0, lt=1)] = 0.0
     """After each pool; twice as much, at most a half, after each dense layer."""
-    batch_norm: bool = False
+    batch_norm: StrictBool = False
     """Whether each convolution is normalised; it then has no bias."""
 
     @property
@@ -358,9 +368,9 @@ class HeadConfig(_Section):
 class TrainingConfig(_Section):
     """How each grid point is trained."""
 
-    epochs: PositiveInt = 12
+    epochs: PositiveCount = 12
     """Passes over the training split."""
-    batch_size: PositiveInt = 256
+    batch_size: PositiveCount = 256
     """Samples of a step."""
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
     """A new one is made for every task."""
@@ -368,7 +378,7 @@ class TrainingConfig(_Section):
     """Learning rate over time: constant, or cosine to zero."""
     weight_decay: NonNegative = 0.0
     """Acts on free parameters only."""
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    momentum: Annotated[float, Field(strict=True, ge=0, lt=1)] = 0.9
     """Of sgd."""
     l1: Literal["subgradient", "proximal"] = "subgradient"
     """How the L1 penalty acts: by its sub-gradient, as in the paper, or by soft thresholds after each step."""
@@ -391,14 +401,14 @@ class SearchConfig(_Section):
 
     tasks: Literal["every", "first"] = "every"
     """Search on every task, or on the first only: later tasks reuse its choice."""
-    alpha: Annotated[tuple[Alpha, ...], Grid, Field(min_length=1)] = (1e-6, 1e-5, 1e-4)
+    alpha: Annotated[tuple[Alpha, ...], Field(min_length=1), _list_or_one(Alpha)] = (1e-6, 1e-5, 1e-4)
     """L1 coefficients to try: each a number; a list with one for each layer, the head last (`clnp-search network` shows
     their order); or one for each pattern of layer names, the first match wins: {"layer1.*": 1e-6, "*": 1e-5}."""
-    learning_rate: Annotated[tuple[Positive, ...], Grid, Field(min_length=1)] = (0.001, 0.002)
+    learning_rate: Annotated[tuple[Positive, ...], Field(min_length=1), _list_or_one(Positive)] = (0.001, 0.002)
     """Learning rates to try."""
-    points_per_trial: Literal["auto"] | PositiveInt = "auto"
+    points_per_trial: Literal["auto"] | PositiveCount = "auto"
     """Grid points that one Ray Tune trial trains together; auto keeps all devices busy within their memory."""
-    max_failures: Annotated[int, Field(ge=0)] = 2
+    max_failures: Count = 2
     """How often a pack or a threshold scan is tried again after a fault of the machine, such as a dead process."""
 
 
@@ -411,9 +421,9 @@ class ForgettingConfig(_Section):
     """One activity threshold for all layers, or one for each."""
     sparsity: Literal["units", "weights", "scarcest_layer"] = "units"
     """What the chosen model has most of: free units, free weights, or free units in its fullest layer."""
-    finetune_rounds: Annotated[int, Field(ge=0)] = 0
+    finetune_rounds: Count = 0
     """Rounds of prune and retrain, for every candidate; each is held to the margin of the model before pruning."""
-    finetune_epochs: Annotated[int, Field(ge=0)] = 0
+    finetune_epochs: Count = 0
     """Epochs of each round."""
 
     @model_validator(mode="after")
@@ -432,14 +442,14 @@ class CapacityConfig(_Section):
     on_depletion: Literal["continue", "stop", "expand"] = "continue"
     """Go on (a full network still trains new heads on its features), end the sequence, or widen each full group before
     the next task."""
-    expand_by: Annotated[float, BeforeValidator(_parse_share), Field(gt=0, le=10)] = 0.25
+    expand_by: Growth = 0.25
     """By how much a full group is widened: '25%' or 0.25 of its units."""
 
 
 class ResourcesConfig(_Section):
     """What each trial is given."""
 
-    cpu: PositiveInt = 1
+    cpu: PositiveCount = 1
     """CPU cores, and threads, of each trial."""
     gpu: NonNegative = 0.0
     """GPUs of each trial; a fraction shares one."""
@@ -454,7 +464,7 @@ class ResourcesConfig(_Section):
 class TrackingConfig(_Section):
     """Where MLflow records go."""
 
-    uri: str = "sqlite:///mlflow.db"
+    uri: Text = "sqlite:///mlflow.db"
     """MLflow tracking URI; `none` switches tracking off."""
 
 
@@ -463,7 +473,7 @@ class Sweep(_Section):
 
     name: Annotated[str, Field(pattern=NAME_PATTERN)] = "sweep"
     """Name of the run and of the MLflow experiment. Default: the file's name."""
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    seed: Annotated[int, Field(strict=True, ge=0, lt=2**63)] = 0
     """Of everything random: splits, permutations, initial weights, data order."""
     scenario: ScenarioConfig
     network: NetworkConfig
@@ -473,10 +483,10 @@ class Sweep(_Section):
     forgetting: ForgettingConfig = ForgettingConfig()
     capacity: CapacityConfig = CapacityConfig()
     resources: ResourcesConfig = ResourcesConfig()
-    storage: str = "runs/"
+    storage: Text = "runs/"
     """Folder or URI under which run folders are made."""
     tracking: TrackingConfig = TrackingConfig()
-    modules: Annotated[tuple[str, ...], Grid] = (".",)
+    modules: Annotated[tuple[Text, ...], _list_or_one(Text)] = (".",)
     """Folders where your own modules lie, if they are not installed. Default: the sweep file's, and the current one."""
 
     def load_scenario(self) -> Scenario:
@@ -615,18 +625,27 @@ class Sweep(_Section):
 
         More tasks than the run has are none, where those that it has stay as they are.
         """
-        mine, theirs = (
-            sweep.settings | dict(_flatten(sweep.model_dump(mode="json", include={"search", "capacity"})))
-            for sweep in (self, recorded)
-        )
-        keys = [key for key in mine if key != "scenario.tasks" and mine[key] != theirs.get(key)]
-        found = [f"{key}: {mine[key]} here, {theirs.get(key)} there" for key in keys]
+        found = [
+            f"{key}: {mine} here, {theirs} there"
+            for key, (mine, theirs) in self.differing([recorded]).items()
+            if key != "scenario.tasks"
+        ]
         here, there = self.scenario.tasks, recorded.scenario.tasks
-        if here != there and "scenario.tasks" in mine:
+        if here != there and "scenario.tasks" in self.settings:
             found.append(f"scenario.tasks: {here} here, {there} there (the tasks so far would be others)")
         elif here is not None and there is not None and here < there:
             found.append(f"scenario.tasks: {here} here, {there} there (a run can be given more tasks, not fewer)")
         return found
+
+    def differing(self, others: Sequence[Sweep]) -> dict[str, list[Any]]:
+        """The settings that decide results and are not the same in all: values by key, this sweep's own first."""
+        flats = []
+        for sweep in (self, *others):
+            rest = sweep.model_dump(mode="json", include={"scenario": {"tasks"}, "search": True, "capacity": True})
+            flats.append(sweep.settings | dict(_flatten(rest)))
+        keys = dict.fromkeys(key for flat in flats for key in flat)
+        values = {key: [flat.get(key) for flat in flats] for key in keys}
+        return {key: each for key, each in values.items() if any(value != each[0] for value in each)}
 
 
 def load_sweep(path: Path, overrides: list[str] | None = None) -> Sweep:
@@ -655,17 +674,20 @@ def parse_sweep(raw: dict[str, Any], source: str) -> Sweep:
     Raises:
         InputError: As `load_sweep`.
     """
-    faults = []
+    faults: list[str] = []
     sweep = None
     try:
         sweep = Sweep.model_validate(raw)
     except ValidationError as error:
-        for detail in error.errors():
-            faults.append(_explain(detail))
+        details = error.errors()
+        # A list whose items are all faulty counts as empty too; its items say more.
+        lists = {detail["loc"][:-1] for detail in details}
+        faults.extend(
+            _explain(detail) for detail in details if detail["type"] != "too_short" or detail["loc"] not in lists
+        )
     faults.extend(_faults_between_sections(raw))
-    if sweep is not None and sweep.network.layer_names:
-        for index, alpha in enumerate(sweep.search.alpha):
-            faults.extend(_alpha_faults(index, alpha, sweep.network.layer_names))
+    if sweep is not None:
+        faults.extend(_grid_faults(sweep))
     if faults or sweep is None:
         listed = "\n".join(f"  {fault}" for fault in dict.fromkeys(faults))
         raise InputError(f"{source}: {len(dict.fromkeys(faults))} fault(s)\n{listed}")
@@ -751,6 +773,23 @@ def _scenario_faults(scenario: dict[str, Any], kind: Kind, network: Any) -> Iter
             yield f"scenario.augment: the images of {name} are permuted, and cannot be moved or mirrored"
         elif _network_kind(network) == "(mlp)":
             yield "scenario.augment: an mlp sees flat samples; allowed: a network that sees images"
+
+
+def _grid_faults(sweep: Sweep) -> Iterator[str]:
+    """Alphas that do not fit the network, as far as its layers are known, or values that give a point twice."""
+    layers, alphas = sweep.network.layer_names, sweep.search.alpha
+    misfits = [fault for index, each in enumerate(alphas) for fault in _alpha_faults(index, each, layers) if layers]
+    yield from misfits
+    known = layers and not misfits
+    grids: dict[str, list[Any]] = {
+        "alpha": [sweep.layer_alphas(alpha, layers) for alpha in alphas] if known else [*alphas],
+        "learning_rate": [*sweep.search.learning_rate],
+    }
+    for key, values in grids.items():
+        for index, value in enumerate(values):
+            if (first := values.index(value)) < index:
+                same, shown = getattr(sweep.search, key)[first], getattr(sweep.search, key)[index]
+                yield f"search.{key}[{index}]: {shown} is search.{key}[{first}], {same}, again; allowed: each once"
 
 
 def _explain(detail: Any) -> str:

@@ -304,7 +304,11 @@ class TaskResult:
 
 @dataclass(frozen=True)
 class Summary:
-    """`summary.json`: a sequence as far as it has come."""
+    """`summary.json`: a sequence as far as it has come.
+
+    Args:
+        reason: Why it failed, if it did.
+    """
 
     schema: int
     name: str
@@ -316,6 +320,7 @@ class Summary:
     backward_transfer: float
     state_digest: str
     tasks: tuple[TaskResult, ...]
+    reason: str = ""
 
 
 def summarise(name: str, status: RunStatus, seed: int, state_digest: str, tasks: tuple[TaskResult, ...]) -> Summary:

@@ -6,8 +6,9 @@ import json
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import cached_property
 from importlib.metadata import version
 from typing import TYPE_CHECKING
@@ -130,22 +131,44 @@ class TaskSequence:
 
     def start_of(self, index: int, state: State) -> State:
         """The state that the task at `index` starts from: the one after the task before, wider where it was full."""
+        wider = self.wider(count_units(state)) if index else {}
+        return state.widened(wider) if wider else state
+
+    def wider(self, units: Mapping[str, Units]) -> dict[str, int]:
+        """How many units the groups that are full after a task have when the next one starts; empty if none grows."""
         capacity = self.sweep.capacity
-        full = [group for group, free in state.free.items() if group in state.born and not len(free)]
-        if index == 0 or capacity.on_depletion != "expand" or not full:
-            return state
-        widths = {group: len(state.born[group]) for group in full}
-        return state.widened({group: units + math.ceil(units * capacity.expand_by) for group, units in widths.items()})
+        if capacity.on_depletion != "expand":
+            return {}
+        full = {group: each.total for group, each in units.items() if not each.free}
+        return {group: total + math.ceil(total * capacity.expand_by) for group, total in full.items()}
+
+    def run_inputs(self, folder: RunFolder) -> RunInputs:
+        """What the trials and scans of all tasks read."""
+        sweep = self.sweep
+        return RunInputs(
+            folder=folder.uri,
+            scenario=self.scenario,
+            settings=sweep.training.settings,
+            finetune_epochs=sweep.forgetting.finetune_epochs,
+            seed=sweep.seed,
+            graph=self.architecture.graph,
+            augment=sweep.scenario.augment.settings,
+        )
 
     def empty_state(self) -> State:
         """The state before the first task."""
         return State.empty(self.architecture)
 
-    def memory(self, state: State, index: int) -> MemoryEstimate:
-        """What a trial of the task at `index` needs."""
+    def memory(self, architecture: Architecture, active: Mapping[str, int], index: int) -> MemoryEstimate:
+        """What a trial of the task at `index` needs.
+
+        Args:
+            architecture: As the task begins with it.
+            active: Units of each group that are frozen already.
+        """
         data = self.data(index)
-        settings = self.sweep.training.settings
-        return estimate_memory(state, data.info.num_classes, len(data.train), len(data.validation), settings)
+        classes, settings = data.info.num_classes, self.sweep.training.settings
+        return estimate_memory(architecture, active, classes, len(data.train), len(data.validation), settings)
 
 
 def plan_packs(
@@ -174,8 +197,8 @@ class Runner:
             MachineFault: The cluster has not.
         """
         self._sequence.check()
-        state = self._sequence.empty_state()
-        self._packs(grid(self._sweep, None, state.graph.layers), 0, state)
+        architecture = self._sequence.architecture
+        self._packs(grid(self._sweep, None, architecture.graph.layers), 0, architecture, {})
 
     def run(self) -> Summary:
         """Commits every task that is not committed yet. Whatever is raised, what is finished stays, and can be resumed.
@@ -213,9 +236,10 @@ class Runner:
                 summary = self._write_summary(results, state)
                 for listener in self._listeners:
                     listener.committed(summary, time.perf_counter() - started)
-        except Exception:
+        except Exception as error:
+            reason = str(error) if isinstance(error, MachineFault | InputError) else f"{type(error).__name__}: {error}"
             with suppress(OSError):  # the storage may be what failed
-                self._folder.write_summary(self._summary("failed", results, state))
+                self._folder.write_summary(replace(self._summary("failed", results, state), reason=reason))
             raise
         return summary
 
@@ -240,18 +264,7 @@ class Runner:
 
     @cached_property
     def _shared(self) -> ObjectRef:
-        sweep, sequence = self._sweep, self._sequence
-        return self._cluster.share(
-            RunInputs(
-                folder=self._folder.uri,
-                scenario=sequence.scenario,
-                settings=sweep.training.settings,
-                finetune_epochs=sweep.forgetting.finetune_epochs,
-                seed=sweep.seed,
-                graph=sequence.architecture.graph,
-                augment=sweep.scenario.augment.settings,
-            )
-        )
+        return self._cluster.share(self._sequence.run_inputs(self._folder))
 
     def _run_task(self, index: int, state: State) -> Program[tuple[TaskResult, State]]:
         started = time.perf_counter()
@@ -317,7 +330,7 @@ class Runner:
             parent_digest=state.digest,
             points=points,
             keys=tuple(self._sequence.key(state, index, point) for point in points),
-            packs=self._packs(points, index, state),
+            packs=self._packs(points, index, state.architecture, active_units(state)),
             environment=self._environment(),
             settings=self._sweep.settings,
             data_digest=self._sequence.data_digest(index),
@@ -334,11 +347,13 @@ class Runner:
             raise RuntimeError(
                 f"task {plan.task}: no candidate stays inside the margin; a larger forgetting.margin would admit one"
             )
-        packs = self._packs(passing, plan.task, state)
+        packs = self._packs(passing, plan.task, state.architecture, active_units(state))
         return round_plan(plan, scans, self._sweep.forgetting.finetune_epochs, packs)
 
-    def _packs(self, points: Sequence[Point], index: int, state: State) -> tuple[tuple[int, ...], ...]:
-        memory = self._sequence.memory(state, index)
+    def _packs(
+        self, points: Sequence[Point], index: int, architecture: Architecture, active: Mapping[str, int]
+    ) -> tuple[tuple[int, ...], ...]:
+        memory = self._sequence.memory(architecture, active, index)
         return plan_packs(self._sweep, points, memory, self._cluster.capacity.num_slots, self._cluster.slot_bytes)
 
     def _adopt(self, plan: TaskPlan) -> TaskPlan:
@@ -494,6 +509,11 @@ def count_units(state: State) -> dict[str, Units]:
         total, free = len(born), int((born == FREE).sum())
         counts[group] = Units(total, total - free, int((born == state.num_tasks - 1).sum()), free)
     return counts
+
+
+def active_units(state: State) -> dict[str, int]:
+    """For each group, the units that are frozen."""
+    return {group: units.active for group, units in count_units(state).items()}
 
 
 def test_accuracies(sequence: TaskSequence, state: State) -> list[float]:

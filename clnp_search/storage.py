@@ -11,11 +11,13 @@ tensors that it stands for. A file that does not agree is refused by name.
 from __future__ import annotations
 
 import csv
+import errno
 import hashlib
 import io
 import json
 import os
 import re
+import tempfile
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -75,11 +77,43 @@ class RunFolder:
         """Where Ray Tune keeps its experiments."""
         return f"{self._root}/ray", self._filesystem
 
+    def require_writable(self) -> None:
+        """Nothing, if files can be put here.
+
+        Raises:
+            InputError: They cannot; says why.
+        """
+        fault = ""
+        if self.local_path is not None:
+            fault = unwritable(self.local_path)
+        else:
+            try:
+                self._filesystem.get_file_info(self._root)
+            except OSError as error:
+                fault = str(error)
+        if fault:
+            raise InputError(f"storage {self.uri}: {fault}")
+
     # Files as bytes
 
     def exists(self, path: str = "") -> bool:
         """Whether a file or folder is there."""
-        return self._filesystem.get_file_info(self._at(path)).type != pyarrow.fs.FileType.NotFound
+        try:
+            return self._filesystem.get_file_info(self._at(path)).type != pyarrow.fs.FileType.NotFound
+        except OSError as error:
+            if error.errno in (errno.ENOTDIR, errno.ENAMETOOLONG):
+                return False
+            raise
+
+    def written_at(self, path: str) -> float:
+        """When a file was last written, in seconds since 1970 by the storage's clock; 0 if it is not there."""
+        info = self._filesystem.get_file_info(self._at(path))
+        return info.mtime_ns / 1e9 if info.mtime_ns else 0.0
+
+    def folders(self) -> tuple[str, ...]:
+        """Names of the folders in this one, sorted."""
+        infos = self._filesystem.get_file_info(pyarrow.fs.FileSelector(self._root, allow_not_found=True))
+        return tuple(sorted(info.base_name for info in infos if info.type == pyarrow.fs.FileType.Directory))
 
     def read(self, path: str) -> bytes:
         """A file's bytes.
@@ -352,7 +386,7 @@ def open_run(run: str, storage: str = "runs/") -> RunFolder:
         InputError: There is none.
     """
     for uri in (run, join_uri(storage, run)):
-        if "://" in uri or "/" in uri or Path(uri).exists():
+        if "/" in uri or os.path.exists(uri):
             folder = RunFolder(uri)
             if folder.exists("sweep.yaml"):
                 return folder
@@ -363,13 +397,27 @@ def run_folder(storage: str, name: str) -> RunFolder:
     """The folder of a run that may not exist yet.
 
     Raises:
-        InputError: The name has characters that could lead out of the storage.
+        InputError: The name has characters that could lead out of the storage, or no files can be put there.
     """
     if not re.fullmatch(NAME_PATTERN, name):
         raise InputError(
             f"name {name!r}: allowed are letters, digits, '.', '_' and '-', starting with one of the first two"
         )
-    return RunFolder(join_uri(storage, name))
+    folder = RunFolder(join_uri(storage, name))
+    folder.require_writable()
+    return folder
+
+
+def unwritable(folder: Path) -> str:
+    """Why no file can be put into a local folder, which may not exist yet; nothing if one can."""
+    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not there.is_dir():
+        return f"{there} is no folder"
+    try:
+        tempfile.TemporaryDirectory(dir=there).cleanup()  # what a permission says may not be all
+    except OSError as error:
+        return f"{there} cannot be written: {error.strerror}"
+    return ""
 
 
 def join_uri(storage: str, name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -329,7 +330,17 @@ def write_run(folder: RunFolder, sweep: Sweep, num_tasks: int = 2) -> Iterator[s
         keys = tuple(f"{task}-{point.name}" for point in points)
         environment = Environment("cpu", 1, "float32", "2.15", "0.1")
         folder.write_plan(
-            TaskPlan(task, f"task-{task}", state.digest, points, keys, (), environment, 1000.0 + 100 * task)
+            TaskPlan(
+                task,
+                f"task-{task}",
+                state.digest,
+                points,
+                keys,
+                pack_points(points, 4),
+                environment,
+                started=1000.0 + 100 * task,
+                settings=sweep.settings,
+            )
         )
         yield f"planned {task}"
         records = []
@@ -361,7 +372,16 @@ def write_run(folder: RunFolder, sweep: Sweep, num_tasks: int = 2) -> Iterator[s
             scans.append(scan)
         choice = choose(records, scans, 0.01)
         folder.write_selection(task, choice)
-        folder.write_points_table(task, [{"point": record.point.name, "status": record.status} for record in records])
+        passing = {scan.point: scan for scan in scans}
+        rows = []
+        for record in records:
+            row: dict[str, Any] = {"point": record.point.name, "status": record.status}
+            found = passing.get(record.point.index)
+            row |= {"in_margin": record in inside, "selected": record.point.index == choice.chosen}
+            row |= {"theta": json.dumps(found.theta) if found else ""}
+            row |= {"pruned_val_accuracy": found.val_accuracy if found else ""}
+            rows.append(row | {"unit_sparsity": found.unit_sparsity if found else ""})
+        folder.write_points_table(task, rows)
         for scan in scans:
             folder.write_curve(task, points[scan.point].name, scan.curve, layers)
         yield f"chosen {task}"

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import torch
 from builders import make_sweep
+from ruamel.yaml import YAML
 
 from clnp_search.config import AugmentConfig, Sweep, load_sweep, parse_sweep
 from clnp_search.errors import InputError
 from clnp_search.tasks import SCENARIOS
 
+SWEEPS = sorted((Path(__file__).parents[1] / "sweeps").glob("*.yaml"))
+SCHEMA = Sweep.model_json_schema()
 SMALLEST = "scenario: {name: permuted_digits}\nnetwork: {hidden: [4, 4]}\n"
 
 
@@ -21,6 +28,11 @@ def written(folder: Path, text: str, name: str = "sweep.yaml") -> Path:
     path = folder / name
     path.write_text(text, encoding="utf-8")
     return path
+
+
+def plain(text: str) -> Any:
+    """A YAML text as the data that an editor holds against the schema."""
+    return YAML(typ="safe", pure=True).load(text)
 
 
 def faults(tmp_path: Path, text: str, overrides: list[str] | None = None) -> list[str]:
@@ -138,7 +150,7 @@ def test_scenarios_of_images_hold_out_a_share_by_default(
         ),
         ("name: class_folders, validation: 1.5", "scenario.validation: 1.5: write a number of samples"),
         ("name: class_folders, validation: 100%", "scenario.validation: '100%': write a number of samples"),
-        ("name: class_folders, validation: x%", "scenario.validation: 'x%': write a number of samples"),
+        ("name: class_folders, validation: x%", "scenario.validation: 'x%': write a percentage such as"),
         ("name: class_folders, validation: true", "scenario.validation: True: write a number of samples"),
     ],
 )
@@ -317,6 +329,33 @@ def test_a_file_that_is_not_text_is_refused_by_name(tmp_path: Path) -> None:
         load_sweep(tmp_path / "binary.yaml")
 
 
+@pytest.mark.parametrize("key", ["training.epochs", "scenario.tasks", "seed", "search.max_failures", "resources.cpu"])
+@pytest.mark.parametrize("value", ["true", "'3'", "2.5"])
+def test_a_count_is_a_whole_number_and_nothing_that_could_be_read_as_one(tmp_path: Path, key: str, value: str) -> None:
+    lines = faults(tmp_path, SMALLEST, [f"{key}={value}"])
+    assert [line.partition(":")[0] for line in lines[1:]] == [key]
+
+
+@pytest.mark.parametrize("key", ["search.learning_rate", "training.weight_decay", "resources.gpu"])
+def test_a_truth_value_is_no_number(tmp_path: Path, key: str) -> None:
+    assert "true" in faults(tmp_path, SMALLEST, [f"{key}=true"])[1].lower()
+
+
+@pytest.mark.parametrize(
+    ("search", "fault"),
+    [
+        ("learning_rate: [0.1, 0.2, 1e-1]", "search.learning_rate[2]: 0.1 is search.learning_rate[0], 0.1, again"),
+        ("alpha: [0.0, 1e-6, 0.000001]", "search.alpha[2]: 1e-06 is search.alpha[1], 1e-06, again"),
+        (
+            "alpha: [1e-6, [1e-6, 1e-6, 1e-6]]",
+            "search.alpha[1]: (1e-06, 1e-06, 1e-06) is search.alpha[0], 1e-06, again",
+        ),
+    ],
+)
+def test_equal_points_are_refused_and_both_are_named(tmp_path: Path, search: str, fault: str) -> None:
+    assert faults(tmp_path, f"{SMALLEST}search: {{{search}}}\n")[1:] == [f"{fault}; allowed: each once"]
+
+
 # Overrides
 
 
@@ -372,9 +411,7 @@ def test_a_resolved_sweep_reads_back_as_itself(tmp_path: Path) -> None:
     assert load_sweep(written(tmp_path, sweep.to_yaml())) == sweep
 
 
-@pytest.mark.parametrize(
-    "path", sorted((Path(__file__).parents[1] / "sweeps").glob("*.yaml")), ids=lambda path: path.name
-)
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.name)
 def test_every_sweep_that_ships_loads_and_reads_back(path: Path, tmp_path: Path) -> None:
     sweep = load_sweep(path)
     assert load_sweep(written(tmp_path, sweep.to_yaml())) == sweep
@@ -386,11 +423,75 @@ def test_a_resolved_sweep_writes_every_default_out() -> None:
 
 
 def test_the_schema_describes_every_key() -> None:
-    schema = Sweep.model_json_schema()
-    sections = [schema, *schema["$defs"].values()]
+    sections = [SCHEMA, *SCHEMA["$defs"].values()]
     undescribed = [key for section in sections for key, value in section["properties"].items() if not value]
     assert not undescribed
-    assert schema["$defs"]["TrainingConfig"]["properties"]["epochs"]["description"] == "Passes over the training split."
+    assert SCHEMA["$defs"]["TrainingConfig"]["properties"]["epochs"]["description"] == "Passes over the training split."
+
+
+def test_the_schema_has_no_keyword_that_json_schema_does_not_know() -> None:
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    known = jsonschema.Draft202012Validator.VALIDATORS.keys() | {"title", "description", "default", "$defs", "$ref"}
+
+    def keywords(schema: Any) -> Iterator[str]:
+        for key, value in schema.items():
+            yield key
+            inner = value.values() if key in {"properties", "$defs"} else value if key == "anyOf" else [value]
+            for each in inner if key in {"properties", "$defs", "anyOf", "items"} else []:
+                yield from keywords(each)
+
+    assert {*keywords(SCHEMA)} - known == set()
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.name)
+def test_the_schema_takes_every_sweep_that_ships_and_its_resolved_form(path: Path) -> None:
+    jsonschema.validate(plain(path.read_text(encoding="utf-8")), SCHEMA)
+    jsonschema.validate(plain(load_sweep(path).to_yaml()), SCHEMA)
+
+
+def test_the_schema_takes_the_readmes_example_and_so_does_the_parser(tmp_path: Path) -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    examples = re.findall(r"^```yaml\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL)
+    assert examples
+    for text in examples:
+        jsonschema.validate(plain(text), SCHEMA)
+        load_sweep(written(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("section", "taken"),
+    [
+        ("forgetting: {margin: 1%}", True),
+        ("forgetting: {margin: ' 0.05 % '}", True),
+        ("forgetting: {margin: 1e-1%}", True),
+        ("forgetting: {margin: 0.01}", True),
+        ("forgetting: {margin: 0}", True),
+        ("forgetting: {margin: 0.5}", False),
+        ("forgetting: {margin: five%}", False),
+        ("forgetting: {margin: true}", False),
+        ("search: {alpha: 0}", True),
+        ("search: {alpha: [1e-6, [1e-7, 1e-5, 1e-6]]}", True),
+        ("search: {alpha: []}", False),
+        ("search: {alpha: [[]]}", False),
+        ("search: {alpha: text}", False),
+        ("search: {alpha: -1}", False),
+        ("search: {alpha: [true]}", False),
+        ("search: {learning_rate: 0.1}", True),
+        ("search: {learning_rate: 0}", False),
+        ("search: {points_per_trial: 0}", False),
+        ("training: {epochs: true}", False),
+        ("training: {epochs: '3'}", False),
+        ("training: {epoch: 3}", False),
+        ("seed: -1", False),
+        ("storage: ''", False),
+        ("scenario: {name: permuted_dogs}", False),
+    ],
+)
+def test_the_schema_takes_what_the_parser_takes(section: str, taken: bool) -> None:
+    raw = plain(SMALLEST) | plain(section)
+    assert jsonschema.Draft202012Validator(SCHEMA).is_valid(raw) == taken
+    with nullcontext() if taken else pytest.raises(InputError):
+        parse_sweep(raw, "test")
 
 
 # Differences

@@ -15,12 +15,12 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # From the top down. Parts of one level do not import one another.
 LEVELS = [
-    {"__main__"},
+    {"__main__", "api"},
     {"cli"},
-    {"verification"},
+    {"verification", "planning"},
     {"sequence"},
     {"agreement", "listener"},
-    {"search", "selection", "tracking", "report"},
+    {"search", "selection", "tracking", "report", "progress"},
     {"config", "lease"},
     {"tasks", "storage"},
     {"clnp"},

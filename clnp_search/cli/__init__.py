@@ -14,6 +14,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict
+from importlib import metadata
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
@@ -35,9 +36,10 @@ from clnp_search.cli.options import (
     TrackingUri,
     located,
     open_named,
+    run_of,
 )
 from clnp_search.cli.report import report
-from clnp_search.cli.runs import failed_points, print_failed, status
+from clnp_search.cli.runs import compare, print_failed, runs, status
 from clnp_search.cli.server import ui
 from clnp_search.cli.sweeps import plan, schema
 from clnp_search.errors import InputError, Interrupted, MachineFault
@@ -52,6 +54,7 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("DO_NOT_TRACK", "true")
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
 
+logger = logging.getLogger(__name__)
 app = typer.Typer(
     name="clnp-search",
     no_args_is_help=True,
@@ -72,7 +75,7 @@ def main() -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     _handle_signals()
     try:
-        status = app(standalone_mode=False) or DONE
+        status = app(prog_name="clnp-search", standalone_mode=False) or DONE
     except InputError as error:
         status = _complain(INPUT_WRONG, str(error))
     except Interrupted as error:
@@ -84,12 +87,33 @@ def main() -> None:
     except SystemExit as error:  # typer's own answer to an interrupt is 130
         status = INTERRUPTED if error.code == 130 else FAILED if error.code else DONE
     except TyperException as error:
-        error.show()  # type: ignore[attr-defined]
-        status = INPUT_WRONG
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "clnp-search"
+        status = _complain(INPUT_WRONG, f"{error.format_message()}\nSee `{command} --help`".strip())
     except Exception as error:
-        logging.getLogger(__name__).debug("failed", exc_info=True)
         status = _complain(FAILED, f"{type(error).__name__}: {error}")
     _exit(status)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        out.print(f"clnp-search {metadata.version('clnp-search')}", highlight=False)
+        raise typer.Exit
+
+
+def _show_debug(asked: bool) -> None:
+    if asked:
+        logging.getLogger("clnp_search").setLevel(logging.DEBUG)
+
+
+@app.callback()
+def program(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", callback=_show_debug, help="Show tracebacks.")] = False,
+) -> None:
+    """Options of the program itself, before the command."""
 
 
 def run(
@@ -105,25 +129,10 @@ def run(
 
     The same command resumes a run that is partly done; with a larger scenario.tasks a finished one goes on.
     """
-    from clnp_search.agreement import check_sweep
-    from clnp_search.config import load_sweep, sweep_of
-    from clnp_search.storage import run_folder
+    from clnp_search.config import load_sweep
 
     sweep = located(load_sweep(sweep_file, overrides), storage, tracking_uri)
-    folder = run_folder(sweep.storage, name or sweep.name)
-    recorded = sweep_of(folder) if folder.exists("sweep.yaml") else None
-    if recorded is not None:
-        if different := sweep.differences(recorded):
-            listed = "\n  ".join(different)
-            raise InputError(
-                f"{folder.uri} is a run with other settings:\n  {listed}\n"
-                "Give the new run another name with --name, or resume the old one with `clnp-search resume`."
-            )
-        scenario = recorded.scenario.model_copy(update={"tasks": sweep.scenario.tasks})
-        update = {"scenario": scenario, "tracking": sweep.tracking, "resources": sweep.resources}
-        sweep = recorded.model_copy(update=update)
-    check_sweep(folder, sweep)
-    _execute(sweep, folder, address, as_json)
+    _execute(*run_of(sweep, name), address, as_json)
 
 
 def resume(
@@ -140,6 +149,7 @@ def resume(
     from clnp_search.agreement import check_sweep
 
     sweep, folder = open_named(run, storage)
+    folder.require_writable()
     check_sweep(folder, sweep)
     _execute(located(sweep, None, tracking_uri), folder, address, as_json, retry_failed)
 
@@ -161,7 +171,7 @@ def submit(
     from clnp_search.search.submit import submit_run
 
     sweep = located(load_sweep(sweep_file, overrides), storage, tracking_uri)
-    job = submit_run(sweep, name or sweep.name, address)
+    job = submit_run(sweep, sweep.name if name is None else name, address)
     if not follow:
         print_json(asdict(job)) if as_json else out.print(f"submitted as {job.submission_id} to {job.address}")
         return
@@ -172,17 +182,55 @@ def submit(
         raise typer.Exit(FAILED)
 
 
-for command in (run, resume, plan, network, status, verify, evaluate, export, report, submit, ui, schema):
+for command in (
+    run,
+    resume,
+    plan,
+    network,
+    status,
+    runs,
+    compare,
+    verify,
+    evaluate,
+    export,
+    report,
+    submit,
+    ui,
+    schema,
+):
     app.command()(command)
 
 
 def _execute(sweep: Sweep, folder: RunFolder, address: str, as_json: bool, retry_failed: bool = False) -> None:
+    from clnp_search.cli.view import summary_line, summary_table
+    from clnp_search.progress import failed_points
+
+    summary = drive(sweep, folder, address, retry_failed)
+    failed = failed_points(folder)
+    if as_json:
+        print_json(asdict(summary) | {"failed_points": [asdict(each) for each in failed]})
+        return
+    _print_end(summary, folder, sweep, summary_table(summary), summary_line(summary))
+    print_failed(failed)
+
+
+def drive(sweep: Sweep, folder: RunFolder, address: str, retry_failed: bool = False) -> Summary:
+    """Takes a run from where it stands to its end; what is seen meanwhile goes to standard error.
+
+    Raises:
+        InputError: What was asked for cannot be had; nothing was written.
+        Interrupted: By a signal, or by another process that took the run over.
+        MachineFault: What the run needs failed.
+    """
     from clnp_search.cli.publisher import Publisher
-    from clnp_search.cli.view import LiveView, summary_line, summary_table
+    from clnp_search.cli.view import LiveView
     from clnp_search.config import sweep_of
     from clnp_search.lease import Lease
     from clnp_search.search.cluster import connect
+    from clnp_search.tracking.probe import fault_of
 
+    if fault := fault_of(sweep.tracking.uri):
+        err.print(f"[yellow]MLflow: {fault}.[/] The run goes on; its records wait in the run folder.", highlight=False)
     begun = folder.exists("sweep.yaml")
     publisher = Publisher(folder, sweep)
     lease = Lease(folder, _interrupt_main)
@@ -229,12 +277,7 @@ def _execute(sweep: Sweep, folder: RunFolder, address: str, as_json: bool, retry
             f"[yellow]Figures and MLflow are behind: {publisher.unavailable}[/]\n"
             f"The records wait in the run folder; `clnp-search resume {as_typed(folder)}` logs them later."
         )
-    failed = failed_points(folder)
-    if as_json:
-        print_json(asdict(summary) | {"failed_points": failed})
-        return
-    _print_end(summary, folder, sweep, summary_table(summary), summary_line(summary))
-    print_failed(failed)
+    return summary
 
 
 def _again(folder: RunFolder, begun: bool) -> str:
@@ -266,6 +309,8 @@ def _print_end(summary: Summary, folder: RunFolder, sweep: Sweep, table: Table, 
 
 
 def _complain(status: int, message: str) -> int:
+    """Says how the command ended; with `--debug`, also where."""
+    logger.debug("the command ended here", exc_info=True)
     err.print(message, style="red" if status in (FAILED, INPUT_WRONG) else "yellow", markup=False, highlight=False)
     return status
 
@@ -280,6 +325,8 @@ def _exit(status: int) -> NoReturn:
 
 
 def _handle_signals() -> None:
+    if threading.current_thread() is not threading.main_thread():
+        return  # of a notebook's server, for example: only the main thread may
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
 

@@ -15,8 +15,10 @@ if TYPE_CHECKING:
 
 DONE, FAILED, INPUT_WRONG, INTERRUPTED, NOT_VERIFIED = range(5)
 
-out = Console()
-err = Console(stderr=True)
+# Lines wrap on a terminal only: in a file or a pipe they are for programs, and for `grep`.
+UNWRAPPED = 10_000
+out = Console(width=None if sys.stdout.isatty() else UNWRAPPED)
+err = Console(stderr=True, width=None if sys.stderr.isatty() else UNWRAPPED)
 
 
 _document = sys.stdout  # where the one document of a command goes
@@ -46,3 +48,15 @@ def as_typed(folder: RunFolder) -> str:
     if path.parent == here / "runs":
         return path.name
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+
+
+def count(number: int, noun: str) -> str:
+    """A number with its noun: `1 pack`, `2 packs`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def duration(seconds: float) -> str:
+    """A length of time as `M:SS` or `H:MM:SS`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

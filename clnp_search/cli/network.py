@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 from rich.table import Table
 
-from clnp_search.cli.console import INPUT_WRONG, out, print_json
+from clnp_search.cli.console import INPUT_WRONG, count, out, print_json
 from clnp_search.cli.options import AsJson, Overrides, SweepFile, located
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def network(sweep_file: SweepFile, overrides: Overrides = None, as_json: AsJson 
         if as_json:
             print_json({"refused": [asdict(each) for each in error.refused]})
         else:
-            out.print(f"[red]refused[/] for {len(error.refused)} reason(s)")
+            out.print(f"[red]refused[/] for {count(len(error.refused), 'reason')}")
             for each in error.refused:
                 out.print(f"  [bold]{each.module}[/]: ", end="")
                 out.print(each.reason, markup=False, highlight=False, soft_wrap=True)
@@ -42,7 +42,7 @@ def network(sweep_file: SweepFile, overrides: Overrides = None, as_json: AsJson 
     for table in _tables(graph, document, classes):
         out.print(table)
     out.print(
-        f"{len(graph.groups)} group(s) of {sum(graph.groups.values()):,} units, "
+        f"{count(len(graph.groups), 'group')} of {sum(graph.groups.values()):,} units, "
         f"{document['parameters']:,} parameters, {document['flop_per_sample']:,} operations a sample of "
         f"{' x '.join(map(str, scenario.input_shape))}"
     )

@@ -35,16 +35,23 @@ TrackingUri = Annotated[
 
 
 def located(sweep: Sweep, storage: str | None, tracking_uri: str | None) -> Sweep:
-    """The sweep with every place made absolute, so that it means the same from another folder."""
+    """The sweep with every place made absolute, so that it means the same from another folder.
+
+    Raises:
+        InputError: A place is named by nothing.
+    """
     from clnp_search.config import TrackingConfig
 
-    storage = storage or sweep.storage
+    storage = sweep.storage if storage is None else storage
+    tracking_uri = sweep.tracking.uri if tracking_uri is None else tracking_uri
+    if not storage or not tracking_uri:
+        raise InputError(f"{'--tracking-uri' if storage else '--storage'} is empty; leave it out for the sweep's own")
     return sweep.model_copy(
         update={
             "scenario": sweep.scenario.model_copy(update={"root": str(Path(sweep.scenario.root).absolute())}),
             "modules": tuple(str(Path(folder).absolute()) for folder in sweep.modules),
             "storage": storage if "://" in storage else str(Path(storage).absolute()),
-            "tracking": TrackingConfig(uri=absolute_sqlite(tracking_uri or sweep.tracking.uri)),
+            "tracking": TrackingConfig(uri=absolute_sqlite(tracking_uri)),
         }
     )
 
@@ -54,6 +61,33 @@ def absolute_sqlite(uri: str) -> str:
     prefix = "sqlite:///"
     path = uri.removeprefix(prefix)
     return f"{prefix}{Path(path).absolute()}" if uri.startswith(prefix) and not path.startswith("/") else uri
+
+
+def run_of(sweep: Sweep, name: str | None) -> tuple[Sweep, RunFolder]:
+    """A sweep's run, which may be partly done, and the settings with which it goes on: its own, with the number of
+    tasks, the tracking and the resources that are asked for now.
+
+    Raises:
+        InputError: It was begun with other settings, or cannot be stored there.
+    """
+    from clnp_search.agreement import check_sweep
+    from clnp_search.config import sweep_of
+    from clnp_search.storage import run_folder
+
+    folder = run_folder(sweep.storage, sweep.name if name is None else name)
+    if folder.exists("sweep.yaml"):
+        recorded = sweep_of(folder)
+        if different := sweep.differences(recorded):
+            listed = "\n  ".join(different)
+            raise InputError(
+                f"{folder.uri} is a run with other settings:\n  {listed}\n"
+                "Give the new run another name with --name, or resume the old one with `clnp-search resume`."
+            )
+        scenario = recorded.scenario.model_copy(update={"tasks": sweep.scenario.tasks})
+        update = {"scenario": scenario, "tracking": sweep.tracking, "resources": sweep.resources}
+        sweep = recorded.model_copy(update=update)
+    check_sweep(folder, sweep)
+    return sweep, folder
 
 
 def open_named(run: str, storage: str) -> tuple[Sweep, RunFolder]:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from clnp_search.cli.console import out, print_json
+from clnp_search.cli.options import AsJson, Storage
 from clnp_search.errors import InputError
 
 
 def report(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run folders, or names.", show_default=False)],
     out_file: Annotated[Path, typer.Option("--out", metavar="FILE.html", help="The page.")] = Path("report.html"),
-    storage: Annotated[str, typer.Option("--storage", metavar="URI", help="Where run folders are.")] = "runs/",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")] = False,
+    storage: Storage = "runs/",
+    as_json: AsJson = False,
 ) -> None:
     """Write one HTML page over runs: figures, choices with their reasons, digests. Its tables go beside it as CSV."""
     from clnp_search.report.page import report as report_over
@@ -30,6 +31,7 @@ def report(
     except OSError as error:
         raise InputError(f"--out {out_file}: {error}") from error
     if as_json:
-        typer.echo(json.dumps({"page": str(out_file), "tables": {name: str(path) for name, path in tables.items()}}))
-    else:
-        typer.echo("\n".join(map(str, (out_file, *tables.values()))))
+        print_json({"page": str(out_file), "tables": {name: str(path) for name, path in tables.items()}})
+        return
+    for path in (out_file, *tables.values()):
+        out.print(str(path), markup=False, highlight=False, soft_wrap=True)

@@ -1,53 +1,212 @@
-"""Commands that look at runs: `status`."""
+"""Commands that look at runs: `status`, `runs` and `compare`."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
-from clnp_search.cli.console import out, print_json
-from clnp_search.cli.options import AsJson, Run, Storage, open_named
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from clnp_search.cli.console import count, err, out, print_json
+from clnp_search.cli.options import AsJson, Run, Storage
+from clnp_search.errors import InputError
 
 if TYPE_CHECKING:
+    from clnp_search.progress import FailedPoint, Progress
     from clnp_search.storage import RunFolder
+
+FIGURE_SUFFIXES = (".png", ".svg")
+COLOURS = {"complete": "green", "depleted": "green", "running": "cyan", "interrupted": "yellow", "failed": "red"}
 
 
 def status(run: Run, storage: Storage = "runs/", as_json: AsJson = False) -> None:
-    """Show how far a run has come, and the capacity that is left."""
+    """Show how far a run has come, the capacity that is left, and what failed."""
     from clnp_search.cli.view import summary_line, summary_table
+    from clnp_search.progress import progress_of
+    from clnp_search.storage import open_run
 
-    sweep, folder = open_named(run, storage)
-    summary = folder.read_summary()
-    task = len(summary.tasks) if summary else 0
-    plan = folder.read_plan(task)
-    done = sum(folder.read_point(task, point.name) is not None for point in plan.points) if plan else 0
-    current = {"task": task, "points_done": done, "points": len(plan.points)} if plan else None
+    folder = open_run(run, storage)
+    progress = progress_of(folder)
+    num_tasks = progress.sweep.scenario.tasks
     if as_json:
-        document: dict[str, Any] = (
-            asdict(summary) if summary else {"name": folder.name, "status": "running", "tasks": []}
-        )
-        failed = failed_points(folder)
-        print_json(document | {"num_tasks": sweep.scenario.tasks, "current": current, "failed_points": failed})
+        current = None
+        if progress.points:
+            current = {"task": progress.task, "points_done": progress.points_done, "points": progress.points}
+        document: dict[str, Any] = asdict(progress.summary) | {"status": progress.status, "num_tasks": num_tasks}
+        failed = [asdict(each) for each in progress.failed_points]
+        print_json(document | {"current": current, "failed_points": failed})
         return
-    if summary and summary.tasks:
+    summary = progress.summary
+    if summary.tasks:
         out.print(summary_table(summary))
         out.print(summary_line(summary))
-    of_all = f" of {sweep.scenario.tasks}" if sweep.scenario.tasks else ""
-    out.print(f"{task}{of_all} tasks committed")
-    if current:
-        out.print(f"task {task}: {done} of {current['points']} points trained; go on with `clnp-search resume {run}`")
-    print_failed(failed_points(folder))
+    colour = COLOURS[progress.status]
+    committed = f"{len(summary.tasks)} of {num_tasks}" if num_tasks else f"{len(summary.tasks)}"
+    out.print(f"[{colour}]{progress.status}[/]: {committed} task{'' if (num_tasks or 1) == 1 else 's'} committed")
+    if summary.reason and progress.status == "failed":
+        out.print(summary.reason, style="red", markup=False, highlight=False)
+    if progress.points:
+        out.print(f"task {progress.task}: {progress.points_done} of {count(progress.points, 'point')} trained")
+    print_failed(progress.failed_points)
+    if progress.status in ("interrupted", "failed"):
+        out.print(f"go on with `clnp-search resume {run}`", highlight=False)
 
 
-def failed_points(folder: RunFolder) -> list[dict[str, Any]]:
-    """Every point that failed: its task, its name and why."""
-    return [
-        {"task": task, "point": record.point.name, "reason": record.reason} for task, record in folder.read_failed()
-    ]
+def runs(storage: Storage = "runs/", as_json: AsJson = False) -> None:
+    """List the runs under a storage: status, margin, seed, tasks, average accuracy, free units."""
+    from clnp_search.progress import runs_under
+
+    rows = [_row(folder, progress) for folder, progress in runs_under(storage)]
+    if as_json:
+        print_json(rows)
+        return
+    if not rows:
+        out.print(f"no runs under {storage}", highlight=False)
+        return
+    table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
+    table.add_column("name")
+    table.add_column("status")
+    for column in ("margin", "seed", "tasks", "average accuracy", "free units"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        if row["status"] == "unreadable":
+            table.add_row(row["name"], "[red]unreadable[/]")
+            continue
+        accuracy, free = row["average_test_accuracy"], row["free_units"]
+        table.add_row(
+            row["name"],
+            f"[{COLOURS[row['status']]}]{row['status']}[/]",
+            _text(row["margin"]),
+            str(row["seed"]),
+            f"{row['tasks']}/{row['num_tasks'] or '?'}",
+            "" if accuracy is None else f"{accuracy:.2%}",
+            "" if free is None else _shares(free, row["units"]),
+        )
+    out.print(table)
 
 
-def print_failed(failed: list[dict[str, Any]]) -> None:
-    """Says which points failed and why."""
+def compare(
+    names: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run folders, or names under --storage.")],
+    storage: Storage = "runs/",
+    csv_file: Annotated[
+        Path | None,
+        typer.Option("--csv", metavar="FILE", help="Write each run's tasks, a row each.", show_default=False),
+    ] = None,
+    figure_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--figure", metavar="FILE", help="Draw accuracy and free capacity: .png or .svg.", show_default=False
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare runs: accuracy and free capacity, task after task."""
+    from clnp_search.progress import progress_of
+    from clnp_search.report.comparison import comparison_csv, comparison_rows
+    from clnp_search.storage import open_run
+
+    if figure_file and figure_file.suffix.lower() not in FIGURE_SUFFIXES:
+        raise InputError(f"--figure {figure_file}: the name must end in one of {', '.join(FIGURE_SUFFIXES)}")
+    folders = [open_run(name, storage) for name in names]
+    if repeated := sorted({folder.uri for folder in folders if [each.uri for each in folders].count(folder.uri) > 1}):
+        raise InputError(f"compare: {', '.join(repeated)} is named more than once")
+    found = [(folder, progress_of(folder)) for folder in folders]
+    labels = _labels(folders)
+    summaries = dict(zip(labels, (progress.summary for _, progress in found), strict=True))
+    if empty := [label for label, summary in summaries.items() if not summary.tasks]:
+        raise InputError(f"compare: no task of {', '.join(empty)} is committed yet")
+    cells = [_row(folder, progress) | {"name": label} for label, (folder, progress) in zip(labels, found, strict=True)]
+    if csv_file:
+        _write("--csv", csv_file, comparison_csv(summaries).encode())
+    if figure_file:
+        from clnp_search.report.figures import runs_compared, to_png, to_svg
+
+        figure = runs_compared([replace(summary, name=label) for label, summary in summaries.items()])
+        _write("--figure", figure_file, to_svg(figure) if figure_file.suffix.lower() == ".svg" else to_png(figure))
+    if as_json:
+        print_json({"runs": cells, "tasks": comparison_rows(summaries)})
+        return
+    table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
+    table.add_column("")
+    for label in labels:
+        table.add_column(label, justify="right")
+    table.add_row("status", *(f"[{COLOURS[row['status']]}]{row['status']}[/]" for row in cells))
+    for key in ("margin", "seed", "tasks", "points"):
+        table.add_row(key, *(_text(row[key]) for row in cells))
+    table.add_row("seconds", *(f"{row['seconds']:.0f}" for row in cells))
+    table.add_row("average test accuracy", *(f"{row['average_test_accuracy']:.2%}" for row in cells))
+    table.add_row("free units", *(_shares(row["free_units"], row["units"]) for row in cells), end_section=True)
+    for task in range(max(len(summary.tasks) for summary in summaries.values())):
+        texts = []
+        for summary in summaries.values():
+            done = task < len(summary.tasks)
+            texts.append(f"{summary.tasks[-1].test_accuracies[task]:.2%}" if done else "")
+        table.add_row(f"task {task}, test accuracy now", *texts)
+    out.print(table)
+    settings = [progress.sweep for _, progress in found]
+    if different := settings[0].differing(settings[1:]):
+        out.print("settings that differ:")
+        for key, values in different.items():
+            out.print(f"  {key}: {', '.join(map(str, values))}", markup=False, highlight=False)
+    for file in (csv_file, figure_file):
+        if file:
+            err.print(f"written: {file}", highlight=False)
+
+
+def print_failed(failed: Sequence[FailedPoint]) -> None:
+    """Says how many points failed, which and why."""
+    if failed:
+        out.print(f"{count(len(failed), 'point')} failed:", style="yellow", highlight=False)
     for each in failed:
-        line = f"task {each['task']}: {each['point']} failed: {each['reason']}"
-        out.print(line, style="yellow", markup=False, highlight=False)
+        out.print(
+            f"  task {each.task}: {each.point} failed: {each.reason}", style="yellow", markup=False, highlight=False
+        )
+
+
+def _row(folder: RunFolder, progress: Progress | None) -> dict[str, Any]:
+    """A run in the columns of `runs`."""
+    if progress is None:
+        return {"name": folder.name, "run": folder.uri, "status": "unreadable"}
+    summary = progress.summary
+    units = summary.tasks[-1].units.values() if summary.tasks else None
+    return {
+        "name": folder.name,
+        "run": folder.uri,
+        "status": progress.status,
+        "margin": progress.sweep.forgetting.margin,
+        "seed": summary.seed,
+        "tasks": len(summary.tasks),
+        "num_tasks": progress.sweep.scenario.tasks,
+        "points": sum(result.points for result in summary.tasks),
+        "failed_points": len(progress.failed_points),
+        "seconds": sum(result.seconds for result in summary.tasks),
+        "average_test_accuracy": summary.average_test_accuracy if summary.tasks else None,
+        "free_units": None if units is None else sum(each.free for each in units),
+        "units": None if units is None else sum(each.total for each in units),
+        "state_digest": summary.state_digest,
+    }
+
+
+def _text(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _shares(free: int, units: int) -> str:
+    return f"{free} of {units} ({free / units:.1%})"
+
+
+def _labels(folders: Sequence[RunFolder]) -> list[str]:
+    """The runs' names, or their places where names repeat."""
+    names = [folder.name for folder in folders]
+    return names if len(set(names)) == len(names) else [folder.uri for folder in folders]
+
+
+def _write(option: str, path: Path, data: bytes) -> None:
+    try:
+        path.write_bytes(data)
+    except OSError as error:
+        raise InputError(f"{option} {path}: {error}") from error

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from itertools import groupby
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.table import Table
 
-from clnp_search.cli.console import out, print_json
-from clnp_search.cli.options import Address, AsJson, Overrides, RunName, RunStorage, SweepFile, located
+from clnp_search.cli.console import count, duration, out, print_json
+from clnp_search.cli.options import (
+    Address,
+    AsJson,
+    Overrides,
+    RunName,
+    RunStorage,
+    SweepFile,
+    located,
+    run_of,
+)
+
+if TYPE_CHECKING:
+    from clnp_search.planning import PlannedTask
 
 
 def plan(
@@ -17,17 +32,16 @@ def plan(
     name: RunName = None,
     storage: RunStorage = None,
     address: Address = "local",
+    measure: Annotated[bool, typer.Option("--measure", help="Train a few steps for the estimate of time.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a run would do: points, packs, resources asked and present, memory, and what is done already."""
+    """Show what a run would do: points, packs, resources, memory, time, and what is done already."""
     from clnp_search.config import load_sweep
+    from clnp_search.planning import plan_run
     from clnp_search.search.capacity import local_capacity
-    from clnp_search.search.points import grid
-    from clnp_search.sequence import TaskSequence, plan_packs
-    from clnp_search.storage import run_folder
+    from clnp_search.sequence import TaskSequence
 
-    sweep = located(load_sweep(sweep_file, overrides), storage, None)
-    folder = run_folder(sweep.storage, name or sweep.name)
+    sweep, folder = run_of(located(load_sweep(sweep_file, overrides), storage, None), name)
     if address == "local":
         capacity = local_capacity(sweep.resources)
     else:
@@ -36,19 +50,17 @@ def plan(
         with connect(address, sweep.resources) as cluster:
             capacity = replace(cluster.capacity, slot_bytes=cluster.slot_bytes)
     sequence = TaskSequence(sweep)
-    results = folder.read_results()
-    state = folder.read_state(len(results) - 1) if results else sequence.empty_state()
-    points = grid(sweep, None, state.graph.layers)
-    memory = sequence.memory(state, min(len(results), len(sequence) - 1))
-    packs = plan_packs(sweep, points, memory, capacity.num_slots, capacity.slot_bytes)
-    searched = len(sequence) if sweep.search.tasks == "every" else 1
-    trial_bytes = memory.total(max(len(pack) for pack in packs))
+    found = plan_run(sequence, folder, capacity, measure)
+    following = found.tasks[0] if found.tasks else None
+    points, packs = (following.points, following.packs) if following else ((), ())
+    num_points = sum(result.points for result in found.done) + sum(len(task.points) for task in found.tasks)
+    known = [task.seconds for task in found.tasks if task.seconds is not None]
     document: dict[str, Any] = {
         "run": folder.uri,
         "tasks": len(sequence),
-        "tasks_done": len(results),
-        "points_per_searched_task": len(points),
-        "points_in_all": len(points) * searched + len(sequence) - searched,
+        "tasks_done": len(found.done),
+        "points_per_searched_task": len(sweep.search.alpha) * len(sweep.search.learning_rate),
+        "points_in_all": num_points,
         "packs": [[points[index].name for index in pack] for pack in packs],
         "points": [
             {"point": point.name, "alpha": point.alpha, "learning_rate": point.learning_rate} for point in points
@@ -56,22 +68,38 @@ def plan(
         "resources_asked": sweep.resources.model_dump(),
         "resources_present": {"cpu": capacity.cpus, "gpu": capacity.gpus},
         "trials_at_once": min(capacity.num_slots, len(packs)),
-        "memory_per_trial_bytes": trial_bytes,
+        "memory_per_trial_bytes": following.trial_bytes if following else 0,
         "memory_present_per_trial_bytes": capacity.slot_bytes,
+        "seconds_done": sum(result.seconds for result in found.done),
+        "seconds_per_task": [task.seconds for task in found.tasks],
+        "seconds_left": sum(known) if known else None,
+        "seconds_from": found.pace,
     }
     if as_json:
         print_json(document)
         return
-    out.print(f"[bold]{sweep.name}[/]: {document['tasks']} tasks of {sweep.scenario.name}, run folder {folder.uri}")
     out.print(
-        f"{len(results)} tasks done; {document['points_in_all']} grid points in all, {len(points)} a searched task"
+        f"[bold]{folder.name}[/]: {count(len(sequence), 'task')} of {sweep.scenario.name}, run folder {folder.uri}",
+        highlight=False,
     )
+    searched = count(document["points_per_searched_task"], "grid point")
+    out.print(f"{count(len(found.done), 'task')} done; {searched} a searched task, {num_points} in all")
+    if following is None:
+        return
     out.print(
         f"each trial: {sweep.resources.cpu} CPU, {sweep.resources.gpu:g} GPU; present: {capacity.cpus:g} CPU, "
-        f"{capacity.gpus:g} GPU; {document['trials_at_once']} trials at a time"
+        f"{capacity.gpus:g} GPU; {count(document['trials_at_once'], 'trial')} at a time"
     )
-    out.print(f"memory of a trial: about {trial_bytes / 2**20:.0f} MiB of {capacity.slot_bytes / 2**20:.0f} MiB")
-    table = Table("point", "pack", "alpha", "learning rate", header_style="bold")
+    needed, present = _memory(following.trial_bytes), _memory(capacity.slot_bytes)
+    if following.trial_bytes <= capacity.slot_bytes:
+        out.print(f"memory of a trial: needs about {needed}, {present} present")
+    else:
+        out.print(f"[red]memory of a trial: needs about {needed}, {present} present: it does not fit[/]")
+    if known:
+        out.print(f"time: {_times(found.tasks)}; {duration(sum(known))} in all ({found.pace})", highlight=False)
+    else:
+        out.print("time: not known without a GPU here")
+    table = Table("point", "pack", "alpha", "learning rate", title=f"task {following.index}", header_style="bold")
     for point in points:
         pack = next(index for index, pack in enumerate(packs) if point.index in pack)
         table.add_row(
@@ -85,3 +113,17 @@ def schema() -> None:
     from clnp_search.config import Sweep
 
     print_json(Sweep.model_json_schema())
+
+
+def _memory(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:,.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"
+
+
+def _times(tasks: Sequence[PlannedTask]) -> str:
+    """What each task takes; equal ones are said once."""
+    parts = []
+    for text, group in groupby(tasks, lambda task: duration(task.seconds or 0.0)):
+        indices = [task.index for task in group]
+        span = f"task {indices[0]}" if len(indices) == 1 else f"tasks {indices[0]} to {indices[-1]}"
+        parts.append(f"{span} about {text}{' each' if len(indices) > 1 else ''}")
+    return ", ".join(parts)

@@ -14,6 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from clnp_search.cli.console import count, duration
 from clnp_search.config import Sweep
 from clnp_search.listener import Listener
 from clnp_search.records import PackProgress, PointRecord, Summary, TaskPlan, TaskResult, Units
@@ -60,7 +61,7 @@ class LiveView(Listener):
             self._live.start()
         done = f", {self._tasks_done} done" if self._tasks_done else ""
         self._line(
-            f"{self._name}: {_count(self._num_tasks, 'task')} of {self._sweep.scenario.name}{done}; {self._stage}"
+            f"{self._name}: {count(self._num_tasks, 'task')} of {self._sweep.scenario.name}{done}; {self._stage}"
         )
         return self
 
@@ -77,7 +78,7 @@ class LiveView(Listener):
         self._records, self._progress = {record.point.index: record for record in finished}, PackProgress({})
         self._share_before = self._share()
         note = f", {len(finished)} of them finished before" if finished else ""
-        points, packs = _count(len(plan.trained), "point"), _count(len(plan.packs), "pack")
+        points, packs = count(len(plan.trained), "point"), count(len(plan.packs), "pack")
         stage = f"{self._stage}: " if plan.round else ""
         self._line(f"{self._task()} ({plan.name}): {stage}{points} in {packs}{note}{self._left('; ')}")
         self._say_tracking()
@@ -107,7 +108,7 @@ class LiveView(Listener):
         self._units, self._tasks_done = result.units, len(summary.tasks)
         self._line(
             f"{self._task()}: {result.selected.point} kept, test accuracy {result.test_accuracy:.2%}, "
-            f"{_free(_all(result.units))}, {_duration(seconds)}",
+            f"{_free(_all(result.units))}, {duration(seconds)}",
             "✓",
             "green",
         )
@@ -166,7 +167,7 @@ class LiveView(Listener):
         assert self._plan is not None
         points, epochs = self._plan.trained, self._num_epochs
         trained = sum(self._epochs(point.index) == epochs for point in points)
-        return f"{trained} of {_count(len(points), 'point')} trained, {self._share():.0%} of the epochs"
+        return f"{trained} of {count(len(points), 'point')} trained, {self._share():.0%} of the epochs"
 
     def _best(self) -> str:
         """The point that is ahead, with what it was trained with."""
@@ -183,7 +184,7 @@ class LiveView(Listener):
         failed = recorded | set(self._progress.failed)
         if not failed or self._plan is None:
             return ""
-        return f"{_count(len(failed), 'point')}: {_some([self._plan.points[index].name for index in sorted(failed)])}"
+        return f"{count(len(failed), 'point')}: {_some([self._plan.points[index].name for index in sorted(failed)])}"
 
     def _left(self, before: str = "") -> str:
         """What the whole sequence will still take, by the pace of this task, or of the last one as long as need be."""
@@ -202,16 +203,16 @@ class LiveView(Listener):
         point_s = self._point_s if self._point_s is not None else (elapsed + rest) / points
         later = self._num_tasks - self._plan.task - 1
         later_points = 1 if self._sweep.search.tasks == "first" else len(self._plan.points)
-        return f"{before}about {_duration(max(1.0, rest + later * later_points * point_s))} left"
+        return f"{before}about {duration(max(1.0, rest + later * later_points * point_s))} left"
 
     # What is shown, as a picture
 
     def _render(self) -> RenderableType:
         task = f"{self._task()} ({self._plan.name}), " if self._plan else ""
-        tasks, elapsed = self._num_tasks, _duration(time.monotonic() - self._started)
+        tasks, elapsed = self._num_tasks, duration(time.monotonic() - self._started)
         open_task = self._plan is not None and self._plan.task == self._tasks_done
         share = self._share() if open_task else 0.0
-        done = f"{self._tasks_done} of {_count(tasks, 'task')}, {elapsed}{self._left(', ') if open_task else ''}"
+        done = f"{self._tasks_done} of {count(tasks, 'task')}, {elapsed}{self._left(', ') if open_task else ''}"
         bars = [_Bar("sequence", self._tasks_done + share, tasks, done)]
         if open_task:
             bars.append(_Bar("task", share, 1.0, self._trained()))
@@ -352,16 +353,6 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:MAX_GROUPS]) + more
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
 def _tail(name: str, length: int) -> str:
     """A name, cut at its front if it is too long: names of layers differ at their ends."""
     return name if len(name) <= length else f"…{name[1 - length :]}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

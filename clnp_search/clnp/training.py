@@ -92,11 +92,6 @@ class Training:
         """Whether all epochs are done."""
         return self.epoch >= self._settings.epochs
 
-    @property
-    def best_val_accuracy(self) -> float:
-        """The highest validation accuracy of any point after any epoch."""
-        return max((seen.val_accuracy for epoch in self.history for seen in epoch), default=0.0)
-
     def run_epoch(self) -> list[Epoch]:
         """Trains one epoch and gives what was seen at its end, for each point."""
         order = torch.randperm(len(self._train), generator=generator(self._seed, "order", self._task, self.epoch))

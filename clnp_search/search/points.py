@@ -6,18 +6,19 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
-from clnp_search.clnp.graph import INPUT, Graph
+from clnp_search.clnp.graph import CLASSES, INPUT, Node
+from clnp_search.clnp.ops import Reader
 from clnp_search.clnp.pack import CACHE_BYTES, LARGEST_BATCH, evaluation_batch, microbatch
+from clnp_search.clnp.state import Architecture
 from clnp_search.config import Sweep
 from clnp_search.records import Point, PointRecord, ScanRecord, TaskPlan
 from clnp_search.tasks import Task
 
 if TYPE_CHECKING:
-    from clnp_search.clnp.state import State
     from clnp_search.clnp.training import TrainingSettings
 
 # Resident memory of a trial's process before any data: Python, torch, ray and pyarrow (measured; see
@@ -122,23 +123,34 @@ class MemoryEstimate:
 
 
 def estimate_memory(
-    state: State, num_classes: int, num_train: int, num_validation: int, settings: TrainingSettings
+    architecture: Architecture,
+    active: Mapping[str, int],
+    num_classes: int,
+    num_train: int,
+    num_validation: int,
+    settings: TrainingSettings,
 ) -> MemoryEstimate:
-    """What a pack on top of `state` needs, from its shapes.
+    """What a pack needs, from shapes alone.
 
     Each free parameter is held four times (value, gradient, two moments), and three times more while a checkpoint is
     written; bf16 adds half-width copies of weights and gradients. Maps are held from the forward to the backward pass.
+
+    Args:
+        active: Units of each group that are frozen already.
     """
-    graph, head = state.graph, state.architecture.head
-    free = {group: len(units) for group, units in state.free.items()}
-    active = {group: len(units) for group, units in state.active().items()}
-    parameters = trained_parameters(graph, active, free, num_classes, head)
+    graph, head = architecture.graph, architecture.head
+    free, frozen = _free_units(architecture, active), {**active, INPUT: graph.input_shape[0]}
+    parameters = sum(
+        math.prod(shape)
+        for layer in _trained(architecture, active, num_classes)
+        for shape in layer.node.op.shapes(layer.rows, layer.shared + layer.own, layer.taps).values()
+    )
     width = 2 if settings.precision == "bf16" else 4
     samples, features = num_train + num_validation, math.prod(graph.input_shape)
     levels = 0
     for name in {graph.source(graph.by_name[layer]).name for layer in graph.layers} - {INPUT}:
         if name != graph.source(graph.by_name[graph.head]).name or head == "multi":
-            levels += graph.value_size(name, active)
+            levels += graph.value_size(name, frozen)
     cached = samples * width * levels
     # Inputs are held in float32; what they are made from takes as much. Frozen outputs are cached beside them.
     fixed = PROCESS_BYTES + samples * 2 * 4 * features + (cached if cached <= CACHE_BYTES else 0)
@@ -155,16 +167,57 @@ def estimate_memory(
     return MemoryEstimate(fixed, per_point)
 
 
-def trained_parameters(graph: Graph, active: dict[str, int], free: dict[str, int], num_classes: int, head: str) -> int:
-    """Parameters that a point of a task trains."""
-    total = 0
+def training_flop(architecture: Architecture, active: Mapping[str, int], num_classes: int) -> int:
+    """Floating-point operations of one sample's forward and backward pass through one point's free layers.
+
+    What reads frozen units or the input hands no gradient on: 4 operations a weight instead of 6.
+
+    Args:
+        active: Units of each group that are frozen already.
+    """
+    flop = 0
+    for layer in _trained(architecture, active, num_classes):
+        op, positions = layer.node.op, math.prod(layer.node.positions)
+        flop += 3 * op.flop(layer.rows, layer.own, layer.taps, positions)
+        if isinstance(op, Reader):
+            flop += 2 * op.flop(layer.rows, layer.shared, layer.taps, positions)
+    return flop
+
+
+def _free_units(architecture: Architecture, active: Mapping[str, int]) -> dict[str, int]:
+    """For each group, the units that no task owns."""
+    return {group: units - active.get(group, 0) for group, units in architecture.graph.groups.items()}
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A node as a point of a task trains it.
+
+    Args:
+        rows: Its own units.
+        shared: Frozen units, or inputs, that it reads.
+        own: Own units that it reads.
+        taps: Values of each unit that it reads.
+    """
+
+    node: Node
+    rows: int
+    shared: int
+    own: int
+    taps: int
+
+
+def _trained(architecture: Architecture, active: Mapping[str, int], num_classes: int) -> Iterator[_Layer]:
+    """What a point of a task trains, from shapes alone."""
+    graph = architecture.graph
+    free = {**_free_units(architecture, active), INPUT: 0, CLASSES: num_classes}
+    frozen = {**active, INPUT: graph.input_shape[0]}
     for node in graph.nodes:
         source = graph.source(node)
-        is_head = node.name == graph.head
-        rows = num_classes if is_head else sum(free[group] for group in node.groups)
-        columns = sum(free[group] + (0 if is_head and head == "single" else active[group]) for group in source.groups)
-        total += sum(math.prod(shape) for shape in node.op.shapes(rows, columns, source.taps).values())
-    return total
+        rows, own = (sum(free[group] for group in each.groups) for each in (node, source))
+        reads_frozen = node.name != graph.head or architecture.head == "multi"
+        shared = sum(frozen.get(group, 0) for group in source.groups) if reads_frozen else 0
+        yield _Layer(node, rows, shared, own, source.taps)
 
 
 def pack_points(points: Sequence[Point], points_per_trial: int) -> tuple[tuple[int, ...], ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -173,7 +174,7 @@ def _train(inputs: TaskInputs, points: Sequence[Point], notes: tuple[str, ...]) 
         finite = pack.finite(activities)
         trained = [pack.point(position, each) for position, each in enumerate(activities)]
         # As the scan counts, in float32 whatever the training's precision, so that both are held to one limit.
-        validation = _validation(inputs, pack.device)
+        validation = _validation(inputs.data(), pack.device)
         correct = [
             Candidate(inputs.state, each, *validation).num_correct() if usable else 0
             for each, usable in zip(trained, finite, strict=True)
@@ -203,13 +204,26 @@ def _train(inputs: TaskInputs, points: Sequence[Point], notes: tuple[str, ...]) 
     folder.delete_checkpoint(task, name)
 
 
-def _begin(inputs: TaskInputs, points: Sequence[Point]) -> tuple[Pack, Training, Features]:
+def measure_step(inputs: TaskInputs, points: Sequence[Point], num_steps: int) -> float:
+    """Seconds of a step of a pack's training, from a few steps of real training, of which nothing is kept."""
+    data, num_samples = inputs.data(), num_steps * inputs.run.settings.batch_size
+    few = replace(data, train=data.train.first(num_samples), validation=data.validation.first(1))
+    _, training, train = _begin(inputs, points, few)
+    training.run_epoch()  # not counted: allocates, and chooses kernels
+    started = time.perf_counter()
+    training.run_epoch()
+    return (time.perf_counter() - started) / math.ceil(len(train) / inputs.run.settings.batch_size)
+
+
+def _begin(
+    inputs: TaskInputs, points: Sequence[Point], data: TaskData | None = None
+) -> tuple[Pack, Training, Features]:
     """A pack before its first epoch, its training, and the training split."""
     settings, seed, plan = inputs.settings, inputs.run.seed, inputs.plan
     device = _prepare(plan, settings)
     starts = [inputs.pruned(point) for point in points] if plan.round else None
     with _computing():
-        data = inputs.data()
+        data = data or inputs.data()
         alphas, rates = [point.alpha for point in points], [point.learning_rate for point in points]
         classes = data.info.num_classes
         pack = Pack(inputs.state, classes, alphas, starts or inputs.initial(), device, settings.dtype, settings.penalty)
@@ -222,7 +236,7 @@ def _begin(inputs: TaskInputs, points: Sequence[Point]) -> tuple[Pack, Training,
             train = pack.features(data.train.inputs, data.train.labels, view=view)
         else:
             train = pack.features(transform(data.train.inputs.to(device)), data.train.labels)
-        validation = pack.features(*_validation(inputs, device))
+        validation = pack.features(*_validation(data, device))
         stream = f"{plan.task}-round{plan.round}" if plan.round else plan.task
         return pack, Training(pack, rates, train, validation, settings, seed, stream), train
 
@@ -243,15 +257,14 @@ def scan_point(inputs: TaskInputs, point: Point, min_correct: int, rule: str) ->
     folder, task, number = RunFolder(inputs.run.folder), inputs.plan.task, inputs.plan.round
     record = folder.read_point(task, point.name_in(number))
     assert record is not None, "candidates are finished points"
-    candidate = Candidate(inputs.state, folder.read_trained(task, record), *_validation(inputs, device))
+    candidate = Candidate(inputs.state, folder.read_trained(task, record), *_validation(inputs.data(), device))
     found = scan(candidate, point.index, min_correct, rule)
     of = replace(found, key=record.key, parameters_sha256=record.parameters_sha256, round=number)
     return replace(of, rule=rule, min_correct=min_correct)
 
 
-def _validation(inputs: TaskInputs, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def _validation(data: TaskData, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """The validation split, as the network takes samples, and its labels."""
-    data = inputs.data()
     return data.info.transform(data.validation.inputs.to(device)), data.validation.labels.to(device)
 
 

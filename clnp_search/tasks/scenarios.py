@@ -57,6 +57,10 @@ class Split:
         """The raw samples, a thousand at a time."""
         return (self.source[self.index[start : start + 1000]] for start in range(0, len(self), 1000))
 
+    def first(self, number: int) -> Split:
+        """At most so many of its samples."""
+        return Split(self.source, self.index[:number], self.labels[:number])
+
 
 @dataclass(frozen=True)
 class TaskData:

@@ -47,7 +47,7 @@ def test_the_layers_groups_and_totals_of_a_module(tmp_path: Path) -> None:
         "flop_per_sample": 2 * (4 * 9 * 64 + 4 * 4 * 9 * 64 + 4 * 64 * 2),
     }
     text = cli("network", "sweep.yaml").stdout
-    assert "1 group(s) of 4 units, 710 parameters" in text
+    assert "1 group of 4 units, 710 parameters" in text
 
 
 def test_a_refused_module_is_told_with_every_reason_and_status_2(tmp_path: Path) -> None:

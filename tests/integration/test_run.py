@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
+import torch
 from command_line import Cli
 
+import clnp_search
 from clnp_search.tasks.data import load_digits
 
 
@@ -277,3 +279,28 @@ def test_multi_head_searched_once_reuses_the_first_choice(cli: Cli) -> None:
     assert second["selected"]["alpha"] == first["selected"]["alpha"]
     assert first["selected"]["theta"][0] != first["selected"]["theta"][1]
     assert cli.json("verify", "first")["verified"] is True
+
+
+def test_a_run_from_python_is_the_same_run_and_its_tables_are_those_of_its_files(cli: Cli, finished: Path) -> None:
+    code = (
+        "import json, clnp_search\n"
+        "run = clnp_search.run('sweep.yaml', name='python', tracking_uri='http://127.0.0.1:9')\n"
+        "print(json.dumps([run.status, run.summary.state_digest, int(run.points.selected.sum())]))"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=cli.folder)
+    assert json.loads(answer.stdout) == ["complete", summary_of(finished)["state_digest"], 3]
+    # A tracking server that is down is said before the first task, and again at the end.
+    first, *_, behind, _ = answer.stderr.splitlines()
+    assert first.startswith("MLflow: nothing answers at 127.0.0.1:9: ")
+    assert behind.startswith("Figures and MLflow are behind: ")
+    run = clnp_search.load(finished)
+    for task in (0, 1, 2):
+        rows = read_csv(finished / "tasks" / f"{task:03d}" / "points.csv")
+        assert run.points.loc[task, "val_accuracy"].tolist() == [float(row["val_accuracy"]) for row in rows]
+        chosen = run.tasks.loc[task, "point"]
+        curve = read_csv(finished / "tasks" / f"{task:03d}" / "curves" / f"{chosen}.csv")
+        thetas = [float(step["theta"]) for step in curve]
+        assert run.curves.loc[(task, chosen, ""), "theta"].tolist() == pytest.approx(thetas, rel=1e-15)
+    raw = load_digits(Path())
+    samples, labels = torch.from_numpy(raw.test_inputs), torch.from_numpy(raw.test_labels)
+    assert run.subnetwork(0).accuracy(samples, labels) == run.accuracies.loc[2, 0]

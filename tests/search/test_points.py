@@ -7,8 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from builders import make_network, make_point, make_state, make_sweep
+from builders import GRAPHS, make_network, make_point, make_state, make_sweep
 
+from clnp_search.clnp.graph import Graph, conv
+from clnp_search.clnp.initial import draw
+from clnp_search.clnp.pack import Pack
 from clnp_search.clnp.state import Architecture
 from clnp_search.clnp.training import TrainingSettings
 from clnp_search.records import Point
@@ -21,7 +24,9 @@ from clnp_search.search.points import (
     pack_name,
     pack_points,
     point_key,
+    training_flop,
 )
+from clnp_search.sequence import active_units
 from clnp_search.tasks import Task
 
 TASK = Task(1, "permutation-1", None, True)
@@ -82,6 +87,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "weight decay": {"training": {"weight_decay": 0.1}},
     "momentum": {"training": {"momentum": 0.8}},
     "precision": {"training": {"precision": "bf16"}},
+    "l1": {"training": {"l1": "proximal"}},
+    "l1 of scales": {"training": {"l1_scales": 2.0}},
 }
 
 
@@ -100,9 +107,8 @@ def test_no_two_changes_give_the_same_key() -> None:
 
 
 def test_every_training_setting_is_an_ingredient() -> None:
-    assert {"epochs", "batch_size", "optimizer", "schedule", "weight_decay", "momentum", "precision"} == set(
-        make_sweep().training.model_dump()
-    )
+    changed = {key for change in CHANGES.values() for key in change.get("training", {})}
+    assert changed == set(make_sweep().training.model_dump())
 
 
 @pytest.mark.parametrize(
@@ -183,7 +189,8 @@ def estimate(
     settings: TrainingSettings = SETTINGS,
     num_tasks: int = 0,
 ) -> MemoryEstimate:
-    return estimate_memory(make_state(architecture, num_tasks), num_classes, num_train, num_validation, settings)
+    active = active_units(make_state(architecture, num_tasks))
+    return estimate_memory(architecture, active, num_classes, num_train, num_validation, settings)
 
 
 def test_more_points_need_more_memory() -> None:
@@ -222,5 +229,16 @@ def test_a_single_heads_last_layer_needs_no_cache_of_frozen_units() -> None:
 @pytest.mark.parametrize("head", ["multi", "single"])
 def test_a_full_network_can_be_planned(head: str) -> None:
     full = make_state(replace(ARCHITECTURE, head=head), 1, theta=-1.0)
-    memory = estimate_memory(full, 2, 1000, 100, SETTINGS)
+    memory = estimate_memory(full.architecture, active_units(full), 2, 1000, 100, SETTINGS)
     assert auto_points_per_trial(12, 1, memory, memory.total(100)) == 12
+
+
+@pytest.mark.parametrize("head", ["multi", "single"])
+@pytest.mark.parametrize("num_tasks", [0, 2])
+@pytest.mark.parametrize(
+    "graph", [ARCHITECTURE.graph, conv((3, 8, 8), [4, "pool", 6], [5], batch_norm=True), GRAPHS["residual"]]
+)
+def test_the_arithmetic_of_shapes_is_that_of_a_pack(graph: Graph, head: str, num_tasks: int) -> None:
+    state = make_state(Architecture(graph, head), num_tasks)
+    pack = Pack(state, 2, [(0.0,) * len(graph.layers)] * 2, draw(state, 2, 0))
+    assert 2 * training_flop(state.architecture, active_units(state), 2) == pack.training_flop

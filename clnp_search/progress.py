@@ -1,0 +1,112 @@
+"""How far a run has come, told from its folder alone."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from clnp_search.config import Sweep, sweep_of
+from clnp_search.errors import InputError
+from clnp_search.records import Holder, RunStatus, Summary, summarise
+from clnp_search.storage import RunFolder
+
+STILL_S = 30.0  # a lease that was not renewed for as long has no holder any more
+
+
+@dataclass(frozen=True)
+class FailedPoint:
+    """A grid point that could not be trained, and why."""
+
+    task: int
+    point: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands.
+
+    Args:
+        status: As in the summary, which has the reason of a failure; `interrupted` if it should be running and no
+            process drives it.
+        summary: Its figures so far, also if `summary.json` is missing.
+        task: The task that comes next, or None.
+        points_done: Of this task, the points that have a record.
+        points: Of this task; 0 if it is not planned yet.
+        failed_points: Of all tasks.
+    """
+
+    sweep: Sweep
+    status: RunStatus | Literal["interrupted"]
+    summary: Summary
+    task: int | None
+    points_done: int
+    points: int
+    failed_points: tuple[FailedPoint, ...]
+
+
+def progress_of(folder: RunFolder) -> Progress:
+    """Where a run stands.
+
+    Raises:
+        InputError: This is no run folder.
+    """
+    sweep, summary = sweep_of(folder), folder.read_summary()
+    results = folder.read_results()
+    if summary is None or len(summary.tasks) < len(results):  # the results are the truth
+        status: RunStatus = "complete" if len(results) == sweep.scenario.tasks else "running"
+        digest = results[-1].state_digest if results else ""
+        summary = summarise(folder.name, status, sweep.seed, digest, results)
+    ended = summary.status in ("complete", "depleted")
+    task = None if ended else len(summary.tasks)
+    plan = folder.read_plan(task) if task is not None else None
+    records = [folder.read_point(plan.task, point.name) for point in plan.points] if plan else []
+    running = not ended and is_running(folder)
+    return Progress(
+        sweep=sweep,
+        status="running" if running else "interrupted" if summary.status == "running" else summary.status,
+        summary=summary,
+        task=task,
+        points_done=sum(record is not None for record in records),
+        points=len(records),
+        failed_points=failed_points(folder),
+    )
+
+
+def failed_points(folder: RunFolder) -> tuple[FailedPoint, ...]:
+    """The points of all tasks that failed."""
+    return tuple(FailedPoint(task, record.point.name, record.reason) for task, record in folder.read_failed())
+
+
+def is_running(folder: RunFolder) -> bool:
+    """Whether a process drives the run: its lease is renewed, and if it is of this machine the process is there."""
+    holder = folder.read_lease()
+    if holder is None or time.time() - folder.written_at("lease.json") > STILL_S:
+        return False
+    return holder.host != platform.node() or _is_alive(holder)
+
+
+def _is_alive(holder: Holder) -> bool:
+    try:
+        os.kill(holder.pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def runs_under(storage: str) -> Iterator[tuple[RunFolder, Progress | None]]:
+    """All runs under a storage, by name; None for the progress of a run that cannot be read."""
+    root = RunFolder(storage)
+    for name in root.folders():
+        folder = RunFolder(f"{storage.rstrip('/')}/{name}")
+        if folder.exists("sweep.yaml"):
+            try:
+                yield folder, progress_of(folder)
+            except (InputError, RuntimeError, ValueError):
+                yield folder, None

@@ -1,0 +1,47 @@
+"""Runs beside one another: their tasks as one table. Their figure is in `figures`."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping
+from statistics import fmean
+from typing import Any
+
+from clnp_search.records import Summary
+
+
+def comparison_rows(summaries: Mapping[str, Summary]) -> list[dict[str, Any]]:
+    """A row for each run and task: what was chosen, accuracies, and what was left free after the task."""
+    rows = []
+    for run, summary in summaries.items():
+        for result in summary.tasks:
+            units = result.units.values()
+            rows.append(
+                {
+                    "run": run,
+                    "task": result.index,
+                    "name": result.name,
+                    "point": result.selected.point,
+                    "learning_rate": result.selected.learning_rate,
+                    "best_val_accuracy": result.best_val_accuracy,
+                    "val_accuracy": result.selected.val_accuracy,
+                    "test_accuracy": result.test_accuracy,
+                    "test_accuracy_now": summary.tasks[-1].test_accuracies[result.index],
+                    "average_test_accuracy": fmean(result.test_accuracies),
+                    "new_units": sum(each.new for each in units),
+                    "free_units": sum(each.free for each in units),
+                    "units": sum(each.total for each in units),
+                    "seconds": result.seconds,
+                }
+            )
+    return rows
+
+
+def comparison_csv(summaries: Mapping[str, Summary]) -> str:
+    """`comparison_rows` as CSV."""
+    rows, stream = comparison_rows(summaries), io.StringIO(newline="")
+    writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return stream.getvalue()

@@ -1,0 +1,87 @@
+"""What `plan` says of a run before it, beside one that is partly done, and of a network that fits no machine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from builders import make_sweep, write_run
+from command_line import Cli
+
+from clnp_search.config import Sweep
+from clnp_search.storage import RunFolder
+
+
+def begun(cli: Cli, tasks_done: int, **sections: object) -> Sweep:
+    """A run named `sweep` in which some tasks are committed, beside the file that it was made from."""
+    sweep = make_sweep(**sections)
+    (cli.folder / "sweep.yaml").write_text(sweep.to_yaml())
+    steps: Iterator[str] = write_run(RunFolder(str(cli.folder / "runs" / "sweep")), sweep)
+    for step in steps:
+        if step == f"committed {tasks_done - 1}":
+            break
+    return sweep
+
+
+def test_a_run_with_other_settings_is_not_planned_on_and_they_are_named(cli: Cli) -> None:
+    begun(cli, 1)
+    answer = cli("plan", "sweep.yaml", "--set", "training.epochs=3", "--set", "forgetting.margin=1%", status=2)
+    assert "training.epochs: 3 here, 12 there" in answer.stderr
+    assert "forgetting.margin: 0.01 here, 0.0005 there" in answer.stderr
+
+
+def test_the_heading_is_the_runs_own_name(cli: Cli) -> None:
+    first = cli("plan", "sweep.yaml", "--name", "other").stdout.splitlines()[0]
+    assert first == f"other: 3 tasks of permuted_digits, run folder {cli.folder / 'runs' / 'other'}"
+
+
+def test_nothing_is_written(cli: Cli) -> None:
+    cli("plan", "sweep.yaml")
+    assert [path.name for path in cli.folder.iterdir()] == ["sweep.yaml"]
+
+
+def test_a_network_larger_than_the_machine_is_planned_on_shapes_alone(cli: Cli) -> None:
+    size = ["--set", "network.hidden=[200000, 200000]", "--set", "search.alpha=1e-6"]
+    plan = cli.json("plan", "sweep.yaml", *size)
+    assert plan["memory_per_trial_bytes"] > 4 * 200000**2 > plan["memory_present_per_trial_bytes"]
+    assert "present: it does not fit" in cli("plan", "sweep.yaml", *size).stdout
+    refused = cli("plan", "sweep.yaml", *size, "--measure", status=2)
+    assert refused.stderr.startswith("--measure: a trial needs ")
+
+
+def test_every_task_has_a_time_that_says_where_it_is_from(cli: Cli) -> None:
+    plan = cli.json("plan", "sweep.yaml")
+    assert len(plan["seconds_per_task"]) == 3
+    assert min(plan["seconds_per_task"]) > 0
+    assert plan["seconds_left"] == pytest.approx(sum(plan["seconds_per_task"]))
+    assert plan["seconds_from"].startswith("assumed: 75% of this machine's ")
+
+
+def test_a_few_steps_can_be_trained_for_the_time(cli: Cli) -> None:
+    plan = cli.json("plan", "sweep.yaml", "--measure", "--set", "search.tasks=first")
+    assert plan["seconds_from"].startswith("measured: ")
+    first, *later = plan["seconds_per_task"]
+    assert all(each < first for each in later)  # one point instead of four
+
+
+def test_beside_a_task_that_is_done_its_own_time_is_the_pace(cli: Cli) -> None:
+    begun(cli, 1)
+    plan = cli.json("plan", "sweep.yaml")
+    assert (plan["tasks_done"], plan["seconds_done"]) == (1, 1.5)
+    assert plan["seconds_from"] == "at the pace of task 0, which took 2 s"
+    assert 0 < plan["seconds_left"] < 1.5  # units are frozen by now
+
+
+def test_a_finished_run_has_nothing_left(cli: Cli) -> None:
+    begun(cli, 2)
+    plan = cli.json("plan", "sweep.yaml")
+    assert (plan["tasks_done"], plan["points_in_all"], plan["seconds_per_task"]) == (2, 8, [])
+    assert "2 tasks done" in cli("plan", "sweep.yaml").stdout
+
+
+def test_one_is_singular(cli: Cli) -> None:
+    one = ["scenario.tasks=1", "search.alpha=0", "search.learning_rate=0.1"]
+    lines = cli("plan", "sweep.yaml", *(f"--set={each}" for each in one)).stdout.splitlines()
+    assert lines[0].startswith("sweep: 1 task of")
+    assert lines[1] == "0 tasks done; 1 grid point a searched task, 1 in all"
+    assert lines[2].endswith("; 1 trial at a time")
