@@ -18,10 +18,8 @@ class InProcess:
     """Trains packs and scans candidates where it stands. Shared inputs are the objects themselves."""
 
     device = "cpu"
-    capacity = Capacity(num_slots=1, slot_bytes=1 << 30, cpus=1, gpus=0)
-
-    def slot_bytes(self) -> int:
-        return self.capacity.slot_bytes
+    slot_bytes = 1 << 30
+    capacity = Capacity(num_slots=1, slot_bytes=slot_bytes, cpus=1, gpus=0)
 
     def share(self, inputs: Any) -> Any:
         return inputs
@@ -48,6 +46,7 @@ class InProcess:
         points: Sequence[Point],
         min_correct: int,
         rule: str,
+        retries: int,
     ) -> Iterator[ScanRecord]:
         return (scan_point(TaskInputs(shared, *of_task), point, min_correct, rule) for point in points)
 
