@@ -33,16 +33,17 @@ class InProcess:
                 packs = next(program) if failed is None else program.send(failed)
             except StopIteration as end:
                 return end.value
-            plan, state = packs.inputs
+            inputs = TaskInputs(shared, *packs.inputs)
+            plan = inputs.plan
             for pack in packs.indices:
-                for _ in run_pack(TaskInputs(shared, plan, state), [plan.points[index] for index in plan.packs[pack]]):
+                for _ in run_pack(inputs, [plan.points[index] for index in plan.packs[pack]]):
                     pass
             failed = {}
 
     def scan(
         self,
         shared: RunInputs,
-        of_task: tuple[TaskPlan, State],
+        of_task: tuple[TaskPlan, State, Any],
         points: Sequence[Point],
         min_correct: int,
         rule: str,
