@@ -619,8 +619,8 @@ class Sweep(_Section):
             sweep.settings | dict(_flatten(sweep.model_dump(mode="json", include={"search", "capacity"})))
             for sweep in (self, recorded)
         )
-        keys = [key for key in mine if key != "scenario.tasks" and mine[key] != theirs.get(key)]
-        found = [f"{key}: {mine[key]} here, {theirs.get(key)} there" for key in keys]
+        keys = [key for key in mine | theirs if key != "scenario.tasks" and mine.get(key) != theirs.get(key)]
+        found = [f"{key}: {mine.get(key)} here, {theirs.get(key)} there" for key in keys]
         here, there = self.scenario.tasks, recorded.scenario.tasks
         if here != there and "scenario.tasks" in mine:
             found.append(f"scenario.tasks: {here} here, {there} there (the tasks so far would be others)")
