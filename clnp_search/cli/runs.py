@@ -42,7 +42,8 @@ def status(run: Run, storage: Storage = "runs/", as_json: AsJson = False) -> Non
 def failed_points(folder: RunFolder) -> list[dict[str, Any]]:
     """Every point that failed: its task, its name and why."""
     return [
-        {"task": task, "point": record.point.name, "reason": record.reason} for task, record in folder.read_failed()
+        {"task": task, "point": record.point.name_in(record.round), "reason": record.reason}
+        for task, record in folder.read_failed()
     ]
 
 

@@ -10,10 +10,13 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from command_line import Cli
+
+from clnp_search.storage import RunFolder
 
 
 def descendants(parent: int) -> dict[int, str]:
@@ -165,10 +168,12 @@ def test_a_failed_point_is_said_and_can_be_trained_again(cli: Cli, finished: Pat
     run = cli.folder / "runs" / "retried"
     shutil.copytree(finished, run)
     task = run / "tasks" / "002"
-    for name in ("result.json", "selection.json", "state.safetensors"):
+    for name in ("result.json", "state.safetensors"):
         (task / name).unlink()
-    record = json.loads((task / "points" / "p001.json").read_text())
-    (task / "points" / "p001.json").write_text(json.dumps(record | {"status": "failed", "reason": "no luck"}))
+    folder = RunFolder(str(run))
+    record = folder.read_point(2, "p001")
+    assert record is not None
+    folder.write_point(2, replace(record, status="failed", reason="no luck"), None)
     failed = [{"task": 2, "point": "p001", "reason": "no luck"}]
     assert cli.json("status", "retried")["failed_points"] == failed
     assert "task 2: p001 failed: no luck" in cli("status", "retried").stdout
