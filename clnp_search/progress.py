@@ -79,7 +79,9 @@ def progress_of(folder: RunFolder) -> Progress:
 
 def failed_points(folder: RunFolder) -> tuple[FailedPoint, ...]:
     """The points of all tasks that failed."""
-    return tuple(FailedPoint(task, record.point.name, record.reason) for task, record in folder.read_failed())
+    return tuple(
+        FailedPoint(task, record.point.name_in(record.round), record.reason) for task, record in folder.read_failed()
+    )
 
 
 def is_running(folder: RunFolder) -> bool:

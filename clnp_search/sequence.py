@@ -114,7 +114,7 @@ class TaskSequence:
         Raises:
             InputError: The sweep, the data or that state are not those that the task was planned with.
         """
-        plan = folder.read_plan(index)
+        plan = folder.read_plan(index) if index < len(self) else None
         if plan is not None:
             check_plan(folder, plan, self.sweep, parent_digest, self.data_digest(index), self.task(index))
         return plan
@@ -217,9 +217,13 @@ class Runner:
     def forget_failed(self) -> int:
         """Has the failed points of the task that is not committed yet trained again; gives their number."""
         task = len(self._folder.read_results())
-        failed = [record.point.name for at, record in self._folder.read_failed() if at == task]
-        for name in failed:
-            self._folder.delete_point(task, name)
+        records = self._folder.read_points(task)
+        failed = [record for record in records if record.status == "failed"]
+        if failed:  # what was retrained and chosen since follows from all points, and may become something else
+            self._folder.delete_selection(task)
+            for record in records:
+                if record in failed or record.round > failed[0].round:
+                    self._folder.delete_point(task, record)
         return len(failed)
 
     def _tasks(self) -> Program[Summary]:
@@ -247,6 +251,11 @@ class Runner:
         """Holds the plans so far, also of committed tasks, against the sweep, the data and one another."""
         folder = self._folder
         check_sweep(folder, self._sweep)
+        if len(results) > len(self._sequence):
+            raise InputError(
+                f"{folder.uri}: scenario.name: {self._sweep.scenario.name} gives {len(self._sequence)} task(s), "
+                f"but {len(results)} are committed"
+            )
         plans = []
         for index in range(len(results) + 1):
             parent = results[index - 1].state_digest if index else self._sequence.empty_state().digest

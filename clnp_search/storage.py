@@ -238,17 +238,24 @@ class RunFolder:
         """A finished point, or None."""
         return self._read_record(f"{_task(task)}/points/{name}.json", PointRecord)
 
-    def delete_point(self, task: int, name: str) -> None:
-        """Removes a failed point's record: it has no parameters."""
-        self.delete(f"{_task(task)}/points/{name}.json")
+    def read_points(self, task: int) -> tuple[PointRecord, ...]:
+        """All finished points of a task, those of its fine-tune rounds after those of its search."""
+        paths = (path for path in self._list(f"{_task(task)}/points") if path.endswith(".json"))
+        records = [record for path in paths if (record := self._read_record(path, PointRecord)) is not None]
+        return tuple(sorted(records, key=lambda record: (record.round, record.point.index)))
+
+    def delete_point(self, task: int, record: PointRecord) -> None:
+        """Removes a point's record, and its parameters after it."""
+        path = f"{_task(task)}/points/{record.point.name_in(record.round)}"
+        self.delete(f"{path}.json")
+        self.delete(f"{path}.safetensors")
 
     def read_failed(self) -> tuple[tuple[int, PointRecord], ...]:
-        """All points that failed, each after its task."""
+        """All points that failed, in the search or in a fine-tune round, each after its task."""
         failed: list[tuple[int, PointRecord]] = []
         task = 0
-        while (plan := self.read_plan(task)) is not None:
-            records = (self.read_point(task, point.name) for point in plan.points)
-            failed += [(task, record) for record in records if record is not None and record.status == "failed"]
+        while self.read_plan(task) is not None:
+            failed += [(task, record) for record in self.read_points(task) if record.status == "failed"]
             task += 1
         return tuple(failed)
 
@@ -278,6 +285,10 @@ class RunFolder:
     def read_selection(self, task: int) -> Selection | None:
         """A task's choice, or None."""
         return self._read_record(f"{_task(task)}/selection.json", Selection)
+
+    def delete_selection(self, task: int) -> None:
+        """Has a task choose again."""
+        self.delete(f"{_task(task)}/selection.json")
 
     def write_points_table(self, task: int, rows: list[dict[str, Any]]) -> None:
         """Writes `points.csv`, one row a grid point, from which a reader can redo the choice by hand."""

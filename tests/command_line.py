@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,3 +46,42 @@ class Cli:
     def json(self, *arguments: str, status: int = 0) -> Any:
         """The one JSON document that a command prints."""
         return json.loads(self(*arguments, "--json", status=status).stdout)
+
+
+def descendants(parent: int) -> dict[int, str]:
+    """All processes below one, whatever session they are in."""
+    parents, names = {}, {}
+    for path in Path("/proc").iterdir():
+        if path.name.isdigit():
+            try:
+                fields = (path / "stat").read_text().rpartition(")")[2].split()
+                parents[int(path.name)] = int(fields[1])
+                names[int(path.name)] = (path / "cmdline").read_text().replace("\0", " ")
+            except OSError:
+                continue
+    found: dict[int, str] = {}
+    front = [parent]
+    while front:
+        front = [pid for pid, above in parents.items() if above in front]
+        found |= {pid: names[pid] for pid in front}
+    return found
+
+
+def kill_everything(process: subprocess.Popen[str]) -> None:
+    below = descendants(process.pid)
+    process.kill()
+    for pid in below:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], limit_s: float = 300) -> bool:
+    """Whether the condition came true while the process ran."""
+    end = time.monotonic() + limit_s
+    while process.poll() is None and time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.02)
+    return condition()

@@ -18,10 +18,8 @@ class InProcess:
     """Trains packs and scans candidates where it stands. Shared inputs are the objects themselves."""
 
     device = "cpu"
-    capacity = Capacity(num_slots=1, slot_bytes=1 << 30, cpus=1, gpus=0)
-
-    def slot_bytes(self) -> int:
-        return self.capacity.slot_bytes
+    slot_bytes = 1 << 30
+    capacity = Capacity(num_slots=1, slot_bytes=slot_bytes, cpus=1, gpus=0)
 
     def share(self, inputs: Any) -> Any:
         return inputs
@@ -35,19 +33,21 @@ class InProcess:
                 packs = next(program) if failed is None else program.send(failed)
             except StopIteration as end:
                 return end.value
-            plan, state = packs.inputs
+            inputs = TaskInputs(shared, *packs.inputs)
+            plan = inputs.plan
             for pack in packs.indices:
-                for _ in run_pack(TaskInputs(shared, plan, state), [plan.points[index] for index in plan.packs[pack]]):
+                for _ in run_pack(inputs, [plan.points[index] for index in plan.packs[pack]]):
                     pass
             failed = {}
 
     def scan(
         self,
         shared: RunInputs,
-        of_task: tuple[TaskPlan, State],
+        of_task: tuple[TaskPlan, State, Any],
         points: Sequence[Point],
         min_correct: int,
         rule: str,
+        retries: int,
     ) -> Iterator[ScanRecord]:
         return (scan_point(TaskInputs(shared, *of_task), point, min_correct, rule) for point in points)
 

@@ -19,6 +19,7 @@ from clnp_search.errors import InputError
 from clnp_search.records import ScanRecord, Units
 from clnp_search.sequence import Runner, TaskSequence
 from clnp_search.storage import RunFolder, run_folder
+from clnp_search.verification import verify
 
 SECTIONS: dict[str, Any] = {
     "scenario": {"name": "permuted_digits", "tasks": 2},
@@ -150,22 +151,33 @@ def test_more_tasks_give_the_same_as_a_run_that_had_them_from_the_start(copy: Ru
     assert run_in_process(longer, copy).state_digest == at_once.state_digest
 
 
+def test_fewer_tasks_of_your_own_than_are_committed_are_refused(copy: RunFolder) -> None:
+    shorter = TaskSequence(SWEEP)
+    shorter.scenario = replace(shorter.scenario, tasks=shorter.scenario.tasks[:1])
+    with pytest.raises(InputError, match=r"permuted_digits gives 1 task\(s\), but 2 are committed"):
+        Runner(shorter, copy, InProcess()).run()  # type: ignore[arg-type]
+
+
+def test_without_a_number_of_tasks_any_number_may_be_committed(copy: RunFolder) -> None:
+    check_sweep(copy, SWEEP.model_copy(update={"scenario": SWEEP.scenario.model_copy(update={"tasks": None})}))
+
+
 # The data
 
 
-@pytest.mark.parametrize("change", ["labels", "inputs", "test labels", "scale", "classes"])
+@pytest.mark.parametrize("change", ["labels", "inputs", "test labels", "classes"])
 def test_other_data_are_refused(copy: RunFolder, change: str) -> None:
     changed = TaskSequence(SWEEP)
-    raw = changed.raw
+    (raw,) = changed.scenario.sets
     labels, inputs, test_labels = (each.copy() for each in (raw.train_labels, raw.train_inputs, raw.test_labels))
     labels[0], inputs[0, 0, 0], test_labels[0] = (labels[0] + 1) % 10, inputs[0, 0, 0] + 1, (test_labels[0] + 1) % 10
-    changed.raw = {
+    other = {
         "labels": replace(raw, train_labels=labels),
         "inputs": replace(raw, train_inputs=inputs),
         "test labels": replace(raw, test_labels=test_labels),
-        "scale": replace(raw, scale=255.0),
         "classes": replace(raw, num_classes=11),
     }[change]
+    changed.scenario = replace(changed.scenario, sets=(other,))
     with pytest.raises(InputError, match="task 0 was planned on another data set: its digest was"):
         Runner(changed, copy, InProcess()).run()  # type: ignore[arg-type]
 
@@ -188,8 +200,8 @@ def test_tasks_committed_by_code_of_other_bits_stay(copy: RunFolder, monkeypatch
 
 def test_a_state_with_a_changed_weight_is_refused_by_name(copy: RunFolder) -> None:
     state = copy.read_state(1)
-    layer = state.layers[0]
-    copy.write_state(1, replace(state, layers=(replace(layer, weight=3 * layer.weight), *state.layers[1:])))
+    first = state.tensors["hidden0"]
+    copy.write_state(1, replace(state, tensors=state.tensors | {"hidden0": first | {"weight": 3 * first["weight"]}}))
     for longer in (SWEEP, make(scenario={"tasks": 3})):
         refused(copy, longer, ValueError, r"tasks/001/state.safetensors: damaged, or not the file")
 
@@ -245,7 +257,7 @@ def test_a_scan_with_another_count_is_never_committed(cut_short: RunFolder) -> N
     refused(cut_short, SWEEP, RuntimeError, r"validation samples right, the scan of point \d counted")
 
 
-@pytest.mark.parametrize("field", ["key", "parameters_sha256", "rule"])
+@pytest.mark.parametrize("field", ["key", "parameters_sha256"])
 def test_a_scan_of_something_else_is_done_again(
     whole: RunFolder, cut_short: RunFolder, field: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -277,9 +289,24 @@ def test_a_first_choice_that_does_not_follow_is_not_reused(copy: RunFolder, tmp_
     folder.write_selection(0, replace(choice, chosen=1 - choice.chosen))
     refused(folder, sweep, RuntimeError, rf"task 0: selection.json, which keeps point {1 - choice.chosen}")
     folder.write_selection(0, choice)
-    assert run_in_process(sweep, folder).tasks[1].selected.alpha == sweep.layer_alphas(
-        sweep.search.alpha[choice.chosen]
-    )
+    assert run_in_process(sweep, folder).tasks[1].selected.alpha == (sweep.search.alpha[choice.chosen],) * 3
+
+
+# Failed points, tried again
+
+
+def test_a_task_with_a_point_that_failed_chooses_again_once_it_is_trained(cut_short: RunFolder) -> None:
+    record = cut_short.read_point(1, f"p{chosen(cut_short):03d}")
+    other = cut_short.read_selection(1)
+    assert record is not None
+    assert other is not None
+    cut_short.delete_point(1, record)
+    cut_short.write_point(1, replace(record, status="failed", val_correct=0, reason="no luck"), None)
+    cut_short.write_selection(1, replace(other, chosen=1 - other.chosen))
+    runner = Runner(TaskSequence(SWEEP), cut_short, InProcess())  # type: ignore[arg-type]
+    assert (runner.forget_failed(), runner.forget_failed()) == (1, 0)
+    assert runner.run().status == "complete"
+    assert all(check.passed for check in verify(cut_short))
 
 
 # A commit against its scan

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import make_point, make_record, make_scan, make_state, make_trained
+from builders import make_network, make_point, make_record, make_scan, make_state, make_trained
 
-from clnp_search.clnp.state import Architecture
 from clnp_search.errors import InputError
 from clnp_search.records import (
     CurveStep,
@@ -29,7 +28,7 @@ from clnp_search.records import (
 )
 from clnp_search.storage import RunFolder, join_uri, open_run, run_folder
 
-SMALL = Architecture(3, (4, 4))
+SMALL = make_network((4, 4))
 TRAINED = make_trained(make_state(SMALL, 0))
 
 

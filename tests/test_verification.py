@@ -187,9 +187,9 @@ def other_record(folder: RunFolder) -> None:
 
 def other_state(folder: RunFolder) -> None:
     state = folder.read_state(1)
-    layer = state.layers[0]
-    layers = (replace(layer, bias=3 * layer.bias), *state.layers[1:])
-    sha256 = folder.write_state(1, replace(state, layers=layers))
+    first = state.tensors["hidden0"]
+    tensors = state.tensors | {"hidden0": first | {"bias": 3 * first["bias"]}}
+    sha256 = folder.write_state(1, replace(state, tensors=tensors))
     rewrite_result(folder, lambda result: replace(result, state_sha256=sha256))
 
 

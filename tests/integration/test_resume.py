@@ -10,53 +10,17 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from command_line import Cli
+from command_line import Cli, descendants, kill_everything, wait_until
 
-
-def descendants(parent: int) -> dict[int, str]:
-    """All processes below one, whatever session they are in."""
-    parents, names = {}, {}
-    for path in Path("/proc").iterdir():
-        if path.name.isdigit():
-            try:
-                fields = (path / "stat").read_text().rpartition(")")[2].split()
-                parents[int(path.name)] = int(fields[1])
-                names[int(path.name)] = (path / "cmdline").read_text().replace("\0", " ")
-            except OSError:
-                continue
-    found: dict[int, str] = {}
-    front = [parent]
-    while front:
-        front = [pid for pid, above in parents.items() if above in front]
-        found |= {pid: names[pid] for pid in front}
-    return found
+from clnp_search.storage import RunFolder
 
 
 def kill_driver(process: subprocess.Popen[str]) -> None:
     process.kill()
-
-
-def kill_everything(process: subprocess.Popen[str]) -> None:
-    below = descendants(process.pid)
-    process.kill()
-    for pid in below:
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-
-
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], limit_s: float = 300) -> bool:
-    """Whether the condition came true while the process ran."""
-    end = time.monotonic() + limit_s
-    while process.poll() is None and time.monotonic() < end:
-        if condition():
-            return True
-        time.sleep(0.02)
-    return condition()
 
 
 def point_times(run: Path) -> dict[str, int]:
@@ -165,10 +129,12 @@ def test_a_failed_point_is_said_and_can_be_trained_again(cli: Cli, finished: Pat
     run = cli.folder / "runs" / "retried"
     shutil.copytree(finished, run)
     task = run / "tasks" / "002"
-    for name in ("result.json", "selection.json", "state.safetensors"):
+    for name in ("result.json", "state.safetensors"):
         (task / name).unlink()
-    record = json.loads((task / "points" / "p001.json").read_text())
-    (task / "points" / "p001.json").write_text(json.dumps(record | {"status": "failed", "reason": "no luck"}))
+    folder = RunFolder(str(run))
+    record = folder.read_point(2, "p001")
+    assert record is not None
+    folder.write_point(2, replace(record, status="failed", reason="no luck"), None)
     failed = [{"task": 2, "point": "p001", "reason": "no luck"}]
     assert cli.json("status", "retried")["failed_points"] == failed
     assert "task 2: p001 failed: no luck" in cli("status", "retried").stdout
