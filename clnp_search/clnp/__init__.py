@@ -1,8 +1,8 @@
 """The method itself, as a library: needs torch, numpy and safetensors alone.
 
-From a network to a proven sequence: build a `Graph` (`mlp`, `conv`, `zenke`, or `trace.trace` of your own module), begin with
-`State.empty(Architecture(graph))`; for each task `draw` initial parameters, train a `Pack` by a `Training`, scan a
-`Candidate` (`scan.scan`), `commit` it, and cut out its `Subnetwork`. Names are found when they are first used.
+From a network to a proven sequence: build a `Graph` (`mlp`, `conv`, `zenke`, or `trace.trace` of your own module) and
+begin with `State.empty(Architecture(graph))`; for each task `draw` initial parameters, train a `Pack` by a `Training`,
+scan a `Candidate` (`scan.scan`), `commit` it, and cut out its `Subnetwork`. Names are found when they are first used.
 """
 
 from __future__ import annotations

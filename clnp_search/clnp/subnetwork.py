@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from clnp_search.clnp.graph import CLASSES, INPUT, chosen, compute
+from clnp_search.clnp.graph import INPUT, chosen, compute
 from clnp_search.clnp.pack import evaluation_batch
 from clnp_search.clnp.state import State, tensors_digest
 
@@ -49,10 +49,11 @@ class Subnetwork(nn.Module):
         self.network = nn.Module()
         self._layers: dict[str, nn.Module] = {}
         for node in self.graph.nodes:
-            tensors = state.heads[task] if node.groups == (CLASSES,) else state.tensors.get(node.name, {})
+            is_head = node.name == self.graph.head
+            tensors = state.heads[task] if is_head else state.tensors.get(node.name, {})
             if tensors:
                 cut = chosen(self.graph, node, tensors, self.units, self.units)
-                if node.groups == (CLASSES,):
+                if is_head:
                     cut["weight"] = cut["weight"] * self._seen(state, task)[:, None]
                 self._layers[node.name] = _place(self.network, node.name, cut)
         self.eval()

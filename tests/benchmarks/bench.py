@@ -506,7 +506,7 @@ def memory(options: Options) -> Iterator[Row]:
             command += ["--pack", str(hidden[0]), str(points), folder]
             [output], _ = _run_all([command])
         data = inputs.data()
-        estimate = estimate_memory(inputs.state, CLASSES, len(data.train), len(data.validation), settings(1))
+        estimate = estimate_memory(inputs.state.architecture, active_units(inputs.state), CLASSES, len(data.train), len(data.validation), settings(1))
         before, peak = map(int, output.split())
         planned = estimate.total(points)
         detail = f"{peak / 2**20:.0f} MiB / {planned / 2**20:.0f} MiB; before any data {before / 2**20:.0f} MiB"

@@ -10,11 +10,15 @@ import torch
 import torch.nn.functional as F
 import torch_pruning
 import torchvision
+from builders import commit_at
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from clnp_search.clnp.graph import INPUT, Graph, run
 from clnp_search.clnp.ops import ACTIVATIONS, Activation
+from clnp_search.clnp.pack import Pack
+from clnp_search.clnp.state import Architecture, State
+from clnp_search.clnp.subnetwork import Subnetwork
 from clnp_search.clnp.trace import NetworkRefused, Refused, Traced, trace
 
 MAPS = (3, 8, 8)
@@ -445,3 +449,37 @@ def test_groups_are_those_that_an_independent_library_finds(name: str) -> None:
 def test_a_network_of_torchvision_is_refused_by_the_names_of_its_modules(name: str) -> None:
     module, input_shape = yardstick(name)
     assert {each.module for each in reasons(module, input_shape)} >= REFUSED[name]
+
+
+def narrowed(name: str) -> tuple[nn.Module, tuple[int, int, int]]:
+    """A network of torchvision; of those with wide dense layers, these are narrow, so that the test is fast."""
+    module, input_shape = yardstick(name)
+    if name.startswith(("vgg", "alexnet")):
+        width = 64
+        for layer in [layer for layer in module.classifier if isinstance(layer, nn.Linear)][:-1]:
+            inputs = layer.in_features if layer.in_features > 4096 else width
+            module.classifier[list(module.classifier).index(layer)] = nn.Linear(inputs, width)
+        module.classifier[-1] = nn.Linear(width, 10)
+    return module, input_shape
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore:.*weight init:FutureWarning")
+@pytest.mark.parametrize("name", TRACED)
+def test_a_second_task_leaves_the_first_ones_logits_as_they_were(name: str) -> None:
+    torch.manual_seed(0)
+    module, input_shape = narrowed(name)
+    traced = trace(module, input_shape)
+    state, logits = State.empty(Architecture(traced.graph)), []
+    sample = torch.rand(2, *input_shape, generator=torch.Generator().manual_seed(0))
+    for task in range(2):
+        drawn = traced.tensors(narrowed(name)[0])
+        activities = {
+            group: torch.rand(len(state.free[group]), generator=torch.Generator().manual_seed(task)).double()
+            for group in traced.graph.groups
+        }
+        trained = Pack(state, 10, [(0.0,) * len(traced.graph.layers)], drawn).point(0, activities)
+        state = commit_at(state, trained, num_classes=10)
+        logits.append(Subnetwork(state, 0)(sample))
+    assert all(len(active) > 0 for active in state.active(0).values())
+    assert logits[0].isfinite().all()
+    assert torch.equal(logits[0], logits[1])
