@@ -48,7 +48,7 @@ def test_an_address_of_another_machine_is_refused(logged: Cli) -> None:
 
 def test_a_store_with_a_server_of_its_own_is_named_with_the_page_of_the_runs(logged: Cli) -> None:
     answer = logged("ui", "run", "--tracking-uri", "http://host:1/")
-    page = "http://host:1/#/experiments/7/runs?workflowType=machine_learning"
+    page = "http://host:1/#/experiments/7/runs?workflowType=machine_learning&viewStateShareKey=clnp-sequences"
     assert answer.stdout == f"This store has a server of its own: {page}\n"
 
 
@@ -64,7 +64,7 @@ def test_the_server_shows_the_page_of_the_runs_and_ends_on_an_interrupt(logged: 
         assert process.stderr is not None
         try:
             assert process.stderr.readline().endswith("Ctrl-C ends it\n")
-            page = f"http://127.0.0.1:{port}/#/experiments/7/runs?workflowType=machine_learning\n"
+            page = f"http://127.0.0.1:{port}/#/experiments/7/runs?workflowType=machine_learning&viewStateShareKey=clnp-sequences\n"
             assert process.stderr.readline() == page
             assert any("startup complete" in line for line in process.stderr)
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=30) as answer:

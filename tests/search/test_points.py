@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 from builders import GRAPHS, make_network, make_point, make_state, make_sweep
 
-from clnp_search.clnp.graph import Graph, conv
 from clnp_search.clnp.initial import draw
 from clnp_search.clnp.pack import Pack
 from clnp_search.clnp.state import Architecture
@@ -235,10 +234,8 @@ def test_a_full_network_can_be_planned(head: str) -> None:
 
 @pytest.mark.parametrize("head", ["multi", "single"])
 @pytest.mark.parametrize("num_tasks", [0, 2])
-@pytest.mark.parametrize(
-    "graph", [ARCHITECTURE.graph, conv((3, 8, 8), [4, "pool", 6], [5], batch_norm=True), GRAPHS["residual"]]
-)
-def test_the_arithmetic_of_shapes_is_that_of_a_pack(graph: Graph, head: str, num_tasks: int) -> None:
-    state = make_state(Architecture(graph, head), num_tasks)
-    pack = Pack(state, 2, [(0.0,) * len(graph.layers)] * 2, draw(state, 2, 0))
+@pytest.mark.parametrize("network", GRAPHS)
+def test_the_arithmetic_of_shapes_is_that_of_a_pack(network: str, head: str, num_tasks: int) -> None:
+    state = make_state(Architecture(GRAPHS[network], head), num_tasks)
+    pack = Pack(state, 2, [(0.0,) * len(state.graph.layers)] * 2, draw(state, 2, 0))
     assert 2 * training_flop(state.architecture, active_units(state), 2) == pack.training_flop
