@@ -74,6 +74,20 @@ def make_result(index: int, accuracies: tuple[float, ...]) -> TaskResult:
 # Whole files
 
 
+def test_points_that_failed_in_a_fine_tune_round_are_found_and_forgotten(folder: RunFolder) -> None:
+    folder.write_plan(make_plan())
+    folder.write_point(0, make_record(1, 90), TRAINED)
+    folder.write_point(0, make_record(1, 0, status="failed", round=1), None)
+    folder.write_point(0, make_record(0, 0, status="failed"), None)
+    assert [(record.point.index, record.round) for record in folder.read_points(0)] == [(0, 0), (1, 0), (1, 1)]
+    failed = folder.read_failed()
+    assert [(task, record.point.name_in(record.round)) for task, record in failed] == [(0, "p000"), (0, "p001-round1")]
+    for task, record in failed:
+        folder.delete_point(task, record)
+    assert folder.read_failed() == ()
+    assert len(folder.read_points(0)) == 1
+
+
 def test_a_file_reads_back_as_it_was_written(folder: RunFolder) -> None:
     folder.write("a/b/c.bin", b"\x00\xff")
     assert folder.read("a/b/c.bin") == b"\x00\xff"

@@ -250,7 +250,7 @@ class State:
     def to_bytes(self) -> bytes:
         """The state as a safetensors file."""
         tensors = {name: tensor.clone() for name, tensor in self._tensors().items()}
-        return safetensors.torch.save(tensors, {"state": json.dumps(self._header(), sort_keys=True)})
+        return safetensors.torch.save(tensors, {"state": json.dumps(self._header())})
 
     @classmethod
     def from_bytes(cls, data: bytes) -> State:

@@ -414,6 +414,12 @@ def test_empty_states_of_different_architectures_have_different_digests() -> Non
 # Files
 
 
+def test_a_state_file_keeps_the_order_of_groups_in_which_thetas_and_counts_are_written() -> None:
+    state = make_state(NETWORKS["residual"], 1)
+    read = State.from_bytes(state.to_bytes())
+    assert list(read.born) == list(read.graph.groups) == list(state.graph.groups) != sorted(state.graph.groups)
+
+
 @pytest.mark.parametrize("num_tasks", [0, 1, 3])
 @pytest.mark.parametrize(("head", "bias"), HEADS)
 @pytest.mark.parametrize("network", NETWORKS)

@@ -32,7 +32,7 @@ def test_two_packs_train_on_halves_of_one_gpu_at_the_same_time(node: None, tmp_p
     assert cluster.capacity.num_slots == 2
 
     def program() -> Program[str]:
-        yield Packs(0, (0, 1), cluster.share((plan, inputs.state)))
+        yield Packs(0, (0, 1), cluster.share((plan, inputs.state, None)))
         return "done"
 
     def listen(progress: PackProgress) -> None:

@@ -43,7 +43,7 @@ def test_a_scan_that_fails_is_tried_again_and_then_said_in_a_sentence(
     monkeypatch.setattr(retries, "PAUSE_S", 0.0)
     inputs = make_inputs(tmp_path)  # nothing is trained
     with connect("local", ResourcesConfig()) as here:
-        shared, of_task = here.share(inputs.run), here.share((inputs.plan, inputs.state))
+        shared, of_task = here.share(inputs.run), here.share((inputs.plan, inputs.state, None))
         scans = here.scan(shared, of_task, inputs.plan.points[:1], 0, "global", max_failures=1)
         with pytest.raises(MachineFault, match=r"threshold scan of p000: FileNotFoundError: .+ \(tried 2 times\)"):
             next(scans)
