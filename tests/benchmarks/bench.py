@@ -39,6 +39,7 @@ from clnp_search.records import Environment, Point, TaskPlan
 from clnp_search.search.points import estimate_memory, pack_name
 from clnp_search.search.trial import RunInputs, TaskInputs, run_pack
 from clnp_search.selection import min_correct
+from clnp_search.sequence import active_units
 from clnp_search.storage import RunFolder
 from clnp_search.tasks import RawData, Scenario, Task, TaskData
 from clnp_search.tasks.data import load_mnist
@@ -506,7 +507,14 @@ def memory(options: Options) -> Iterator[Row]:
             command += ["--pack", str(hidden[0]), str(points), folder]
             [output], _ = _run_all([command])
         data = inputs.data()
-        estimate = estimate_memory(inputs.state.architecture, active_units(inputs.state), CLASSES, len(data.train), len(data.validation), settings(1))
+        estimate = estimate_memory(
+            inputs.state.architecture,
+            active_units(inputs.state),
+            CLASSES,
+            len(data.train),
+            len(data.validation),
+            settings(1),
+        )
         before, peak = map(int, output.split())
         planned = estimate.total(points)
         detail = f"{peak / 2**20:.0f} MiB / {planned / 2**20:.0f} MiB; before any data {before / 2**20:.0f} MiB"
