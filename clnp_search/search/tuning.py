@@ -152,9 +152,10 @@ class _Feed(Searcher):
                 raise _Ended(MachineFault(fault + tried(result["failures"])))
             logger.warning("%s; trying again", fault)
             return
-        self._accuracies |= result.get("accuracies", {})
+        points = result.get("points", ())
+        self._accuracies |= {point: accuracy for point, _, accuracy in points}
         self._progress = PackProgress(
-            self._progress.epochs_done | result.get("epochs_done", {}),
+            self._progress.epochs_done | {point: epochs for point, epochs, _ in points},
             max(self._accuracies.items(), key=lambda seen: seen[1], default=None),
             (*self._progress.failed, *result.get("failed", ())),
         )
@@ -214,10 +215,8 @@ def _pack_task(shared: RunInputs, of_task: OfTask, pack: int) -> Iterator[dict[s
     plan = inputs.plan
     points = [plan.points[index] for index in plan.packs[pack]]
     for training in run_pack(inputs, points):
-        yield {
-            "epochs_done": {point: seen.epoch + 1 for point, seen in training.items()},
-            "accuracies": {point: seen.val_accuracy for point, seen in training.items()},
-        }
+        # A list: Tune flattens dictionaries on their way to the searcher.
+        yield {"points": [(point, seen.epoch + 1, seen.val_accuracy) for point, seen in training.items()]}
     folder = RunFolder(shared.folder)
     records = [folder.read_point(plan.task, point.name_in(plan.round)) for point in points]
     # A trial without a result counts as failed; points that had been finished before give no other.

@@ -72,9 +72,9 @@ def test_operations_are_two_for_each_weight_and_position() -> None:
     assert graph.flop(classes=3) == {"conv0": 2 * 4 * 2 * 9 * 36, "dense0": 2 * 5 * 4 * 9, "head": 2 * 3 * 5}
 
 
-def test_parameters_are_counted_by_node() -> None:
+def test_trained_parameters_are_counted_by_layer_with_those_of_its_normalisation() -> None:
     counts = conv((2, 6, 6), [4, "pool"], batch_norm=True).parameters(3)
-    assert counts == {"conv0": 4 * 2 * 9, "conv0.norm": 4 * 4, "head": 3 * 4 * 9 + 3}
+    assert counts == {"conv0": 4 * 2 * 9 + 2 * 4, "head": 3 * 4 * 9 + 3}
 
 
 @pytest.mark.parametrize("activation", ["relu", "tanh", "gelu"])
