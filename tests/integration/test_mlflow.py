@@ -245,7 +245,7 @@ def test_a_failed_point_that_is_trained_again_is_logged_as_if_it_had_never_faile
     record = folder.read_point(0, "p003")
     assert record is not None
     assert runs_of(sweep)["task 0: task-0/p003 alpha=0.001 lr=0.02"].info.status == "FAILED"
-    folder.delete_point(0, "p003")
+    folder.delete_point(0, record)
     tracker.sync()
     folder.write_point(0, replace(record, status="done", val_correct=9000, val_total=10000, reason=""), None)
     tracker.sync()
