@@ -150,14 +150,15 @@ def test_a_second_driver_is_refused_and_one_that_is_replaced_stops(cli: Cli) -> 
     assert wait_until((run / "tasks" / "000" / "plan.json").exists, process)
     refused = cli("resume", "driven", status=2).stderr
     assert f"is being run by process {process.pid}" in refused
-    other = json.loads((run / "lease.json").read_text()) | {"token": "other", "host": "elsewhere"}
-    replacement = run / "lease.json.new"
-    replacement.write_text(json.dumps(other))
-    replacement.replace(run / "lease.json")
+    folder = RunFolder(str(run))
+    holder = folder.read_lease()
+    assert holder is not None
+    other = replace(holder, token="other", host="elsewhere")
+    folder.write_lease(other)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 3, errors
     assert "was taken over by process" in errors
-    assert json.loads((run / "lease.json").read_text()) == other
+    assert folder.read_lease() == other
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
