@@ -38,11 +38,15 @@ def evaluation_batch(graph: Graph) -> int:
     return max(1, min(LARGEST_BATCH, EVALUATED_BYTES // (4 * graph.largest_value)))
 
 
-def microbatch(graph: Graph, batch_size: int) -> int:
-    """Samples that are trained at a time: a batch, or as many as the cache holds where that changes nothing."""
+def microbatch(graph: Graph, batch_size: int, width: int = 4) -> int:
+    """Samples that are trained at a time: a batch, or as many as the cache holds where that changes nothing.
+
+    Args:
+        width: Bytes of a value.
+    """
     if graph.has_batch_statistics or graph.is_dense:
         return batch_size
-    fitting = max(1, CACHED_BYTES // (4 * graph.largest_value))
+    fitting = max(1, CACHED_BYTES // (width * graph.largest_value))
     return min(batch_size, 1 << (fitting.bit_length() - 1))
 
 
@@ -332,7 +336,7 @@ class Pack:
         """
         self._begin_gradients()
         losses = torch.zeros(self.num_points, device=self.device)
-        size = microbatch(self.graph, len(index))
+        size = microbatch(self.graph, len(index), self.dtype.itemsize)
         for part, chunk in enumerate(index.split(size)):
             levels, labels = features.batch(chunk, seed + part)
             for first, block in zip(self._first, self.blocks, strict=True):

@@ -157,7 +157,7 @@ def estimate_memory(
     if width == 2:
         fixed += samples * width * features
     values = sum(graph.value_size(node.name, free) for node in graph.nodes)
-    together = microbatch(graph, settings.batch_size) * 2 * values
+    together = microbatch(graph, settings.batch_size, width) * 2 * values
     if graph.is_dense:
         together = (2 * settings.batch_size + LARGEST_BATCH) * values // 2
     else:  # a point at a time
