@@ -256,7 +256,8 @@ def scan_point(inputs: TaskInputs, point: Point, min_correct: int, rule: str) ->
     torch.set_float32_matmul_precision("highest")
     folder, task, number = RunFolder(inputs.run.folder), inputs.plan.task, inputs.plan.round
     record = folder.read_point(task, point.name_in(number))
-    assert record is not None, "candidates are finished points"
+    if record is None:
+        raise FileNotFoundError(f"{folder.uri}: task {task}: the record of {point.name_in(number)} is missing")
     candidate = Candidate(inputs.state, folder.read_trained(task, record), *_validation(inputs.data(), device))
     found = scan(candidate, point.index, min_correct, rule)
     of = replace(found, key=record.key, parameters_sha256=record.parameters_sha256, round=number)
