@@ -132,6 +132,7 @@ def test_what_workers_are_given_needs_nothing_of_the_module(load: Load) -> None:
     sent = pickle.dumps(scenario)
     assert b"clnp_search.tasks" in sent
     assert b"own_" not in sent
+    # As Ray sends it between its own processes; these bytes were made above.
     assert pickle.loads(sent).data(1).digest == scenario.data(1).digest
 
 
