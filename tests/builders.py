@@ -17,15 +17,23 @@ from clnp_search.clnp.graph import INPUT, Builder, Graph, conv, mlp
 from clnp_search.clnp.initial import draw
 from clnp_search.clnp.ops import (
     Activation,
+    AdaptivePool,
     Add,
+    Affine,
     AvgPool,
     BatchNorm,
     Concat,
     Conv,
     Depthwise,
+    Dropout,
+    Flatten,
+    Identity,
     Linear,
+    MaxPool,
     MeanPositions,
     Multiply,
+    Op,
+    PRelu,
     ToMap,
 )
 from clnp_search.clnp.pack import Pack
@@ -98,6 +106,56 @@ def residual(input_shape: tuple[int, ...] = (2, 6, 6)) -> Graph:
     last = build.add("last.relu", Activation(), build.layer("last", Conv(kernel=point), joined, 4))
     build.layer("head", Linear(), build.add("mean", MeanPositions(), last), 0, head=True)
     return build.build()
+
+
+def using(op: Op) -> Graph:
+    """A small network of maps in which an op stands between a convolution and the head."""
+    build = Builder((2, 6, 6))
+    last = build.layer("first", Conv(padding=(1, 1)), INPUT, 4)
+    flat = build.add("mean", MeanPositions(), last)
+    if isinstance(op, Conv):
+        last = build.layer("op", op, last, 3)
+    elif isinstance(op, Linear):
+        last = build.layer("op", op, flat, 3)
+    elif isinstance(op, Add | Multiply | Concat):
+        last = build.add("op", op, last, build.add("relu", Activation(), last))
+    elif isinstance(op, ToMap):
+        last = build.add("gated", Multiply(), last, build.add("op", op, flat))
+    else:
+        last = build.add("op", op, last)
+    if build.node(last).positions:
+        last = build.add("flat", Flatten(), last)
+    build.layer("head", Linear(), last, 0, head=True)
+    return build.build()
+
+
+# Every op, in the ways in which it differs from itself.
+OPS_USED: list[Op] = [
+    *(Activation(name) for name in ("relu", "gelu", "hardswish", "silu", "leaky_relu")),
+    AdaptivePool((2, 3)),
+    AdaptivePool((1, 1), maximum=True),
+    Add(),
+    Affine(1 / 6, 0.5),
+    AvgPool(),
+    AvgPool((3, 3), (2, 2), (1, 1), count_padding=False),
+    BatchNorm(),
+    BatchNorm(affine=False),
+    Concat(),
+    Conv(),
+    Conv(kernel=(3, 2), stride=(2, 1), padding=(1, 0), dilation=(2, 1), bias=False),
+    Depthwise(padding=(1, 1)),
+    Depthwise(bias=False, stride=(2, 2)),
+    Dropout(),
+    Flatten(),
+    Identity(),
+    Linear(),
+    MaxPool(),
+    MaxPool((3, 3), (2, 2), (1, 1)),
+    MeanPositions(),
+    Multiply(),
+    PRelu(),
+    ToMap(),
+]
 
 
 # Small networks of every structure: dense, of maps, normalised, and with all ways in which values meet.

@@ -150,18 +150,19 @@ class Graph:
         return {name: node.name for node in self.nodes for name in node.inputs}
 
     @cached_property
-    def in_place(self) -> frozenset[str]:
-        """The rectifiers that may overwrite what they read while training: nobody else needs it."""
+    def in_place(self) -> dict[str, int]:
+        """Which of its inputs a rectifier or a sum may overwrite while training: one that nothing else needs."""
         fresh = (Reader, BatchNorm, MaxPool, Add)
         reads = [name for node in self.nodes for name in node.inputs]
-        return frozenset(
-            node.name
-            for node in self.nodes
-            if isinstance(node.op, Activation)
-            and node.op.function == "relu"
-            and reads.count(node.inputs[0]) == 1
-            and isinstance(self.source(node).op, fresh)
-        )
+        found = {}
+        for node in self.nodes:
+            if isinstance(node.op, Add) or (isinstance(node.op, Activation) and node.op.function == "relu"):
+                for index, name in enumerate(node.inputs):
+                    read = self.by_name[name]
+                    if isinstance(read.op, fresh) and reads.count(name) == 1:
+                        found[node.name] = index
+                        break
+        return found
 
     def upstream(self, names: Iterable[str]) -> set[str]:
         """These nodes and all that they depend on."""

@@ -80,6 +80,10 @@ class Op:
         """
         return self.plain(inputs, {name: tensor.flatten(0, 1) for name, tensor in tensors.items()}, training)
 
+    def overwriting(self, inputs: Sequence[Tensor], index: int) -> Tensor:
+        """The same, written over one of the inputs; of the ops that `Graph.in_place` names."""
+        raise NotImplementedError
+
     def flop(self, rows: int, columns: int, taps: int, positions: int) -> int:
         """Floating-point operations a sample of the matrix products, as many output positions as given."""
         weights = sum(rows * columns * self.shapes(1, 1, taps)[name][-1] for name in self.MATRICES)
@@ -289,6 +293,9 @@ class Activation(Op):
         result: Tensor = getattr(functional, self.function)(inputs[0], **dict(self.arguments))
         return result
 
+    def overwriting(self, inputs: Sequence[Tensor], index: int) -> Tensor:
+        return torch.relu_(inputs[index])
+
 
 @dataclass(frozen=True)
 class PRelu(Op):
@@ -381,9 +388,19 @@ class Dropout(Op):
         if not training or not self.share:
             return value
         if self.unit == "value":
-            return functional.dropout(value, self.share)
-        shape = (*value.shape[: 2 if self.unit == "channel" else 1], *[1] * (value.ndim - 1))[: value.ndim]
-        return value * functional.dropout(torch.ones(shape, dtype=value.dtype, device=value.device), self.share)
+            like = value
+        else:
+            shape = (*value.shape[: 2 if self.unit == "channel" else 1], *[1] * (value.ndim - 1))[: value.ndim]
+            like = value.new_empty(shape)
+        return value * self._mask(like)
+
+    def _mask(self, like: Tensor) -> Tensor:
+        """Random zeros in a tensor of 1 / (1 - share), of 16 random bits each: four times as fast as `bernoulli_`."""
+        like = torch.empty_like(like)
+        bits = torch.empty(-(-like.numel() // 4), dtype=torch.int64, device=like.device).random_(-(2**63), None)
+        zeros = round(self.share * 2**16)
+        kept = bits.view(torch.int16).as_strided(like.shape, like.stride()) >= zeros - 2**15
+        return like.copy_(kept).mul_(2**16 / (2**16 - zeros) if zeros < 2**16 else 0.0)
 
 
 @dataclass(frozen=True)
@@ -439,6 +456,13 @@ class Add(Op):
         total = inputs[0] + inputs[1]
         for value in inputs[2:]:
             total = total + value
+        return total
+
+    def overwriting(self, inputs: Sequence[Tensor], index: int) -> Tensor:
+        total = inputs[index]
+        for position, value in enumerate(inputs):
+            if position != index:
+                total.add_(value)
         return total
 
 

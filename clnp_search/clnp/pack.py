@@ -209,7 +209,7 @@ class Block:
         if not isinstance(node.op, Reader):
             own = [values[name] for name in node.inputs if name in values]
             if training and node.name in graph.in_place:
-                return torch.relu_(own[0])
+                return node.op.overwriting(own, graph.in_place[node.name])
             return node.op.packed(own, tensors, self.points, training)
         source = graph.source(node)
         own_value = values.get(source.name)
@@ -228,8 +228,8 @@ class Block:
         own = tensors["weight.own"]
         bias = tensors["bias"] if "bias" in tensors else own.new_zeros(own.shape[:2])
         if node.positions:
-            return bias.to(dtype).view(1, -1, 1, 1).expand(batch, -1, *node.positions)
-        return bias.to(dtype).view(-1, 1).expand(-1, batch)
+            return bias.to(dtype).view(1, -1, 1, 1).repeat(batch, 1, *node.positions)
+        return bias.to(dtype).view(-1, 1).repeat(1, batch)
 
 
 @dataclass(frozen=True)

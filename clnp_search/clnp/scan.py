@@ -26,6 +26,7 @@ CURVE_STEPS = 16
 # A sample counts as wrong without a full evaluation only if its margin is below this share of the largest logit:
 # a few samples round differently from a whole split, by about 1e-6.
 ROUNDING = 1e-4
+HELD_BYTES = 1 << 30  # what the values of a search may take
 # Starts of the search for one theta a group, times the free units: all that pass in small networks, few in wide ones.
 STARTED_UNITS = 4096
 
@@ -114,18 +115,21 @@ class Grown:
 
     What depends on no group that has changed is kept; what depends on no threshold at all is computed once, for all
     units.
+
+    Args:
+        hold: Whether values are kept at all, which takes memory.
     """
 
     @torch.inference_mode()
-    def __init__(self, candidate: Candidate, samples: Tensor | slice) -> None:
-        self._candidate = candidate
+    def __init__(self, candidate: Candidate, samples: Tensor | slice, hold: bool = True) -> None:
+        self._candidate, self._hold = candidate, hold
         self._levels, self.labels = candidate.features.batch(samples)
         self._order = candidate.graph.pooled_first
         self._counts: Counts | None = None
         self._values: dict[str, Tensor] = {}
         whole = candidate.model(candidate.all)
         self._static: dict[str, Tensor] = {}
-        for node in self._order.nodes:
+        for node in self._order.nodes if hold else ():
             if self._is_static(node, whole):
                 values = whole.forward(self._levels, graph=self._order, values=self._static, keep=True, last=node.name)
                 self._static[node.name] = values[node.name]
@@ -146,8 +150,10 @@ class Grown:
         for name, value in self._static.items():
             if width := model.width(self._order.by_name[name]):
                 values[name] = value.narrow(1 if value.ndim == 4 else 0, 0, width)
-        self._values, self._counts = model.forward(self._levels, graph=self._order, values=values, keep=True), counts
-        return model.logits(self._values)[0].T
+        values = model.forward(self._levels, graph=self._order, values=values, keep=self._hold)
+        if self._hold:
+            self._values, self._counts = values, counts
+        return model.logits(values)[0].T
 
     def _is_static(self, node: Node, whole: Block) -> bool:
         if not whole.width(node) or node.name == self._order.head or isinstance(node.op, Concat):
@@ -167,24 +173,39 @@ def highest_passing(candidate: Candidate, path: list[Counts], min_correct: int) 
         Its position on the path (`len(path)` if none passes), and for each position that was evaluated on the whole
         split, the samples that are right.
     """
-    total = len(candidate.labels)
-    allowed = total - min_correct
     evaluated: dict[int, int] = {}
     position = 0
     while position < len(path):
         logits = candidate.logits(path[position])
         evaluated[position] = candidate.right(logits)
         if evaluated[position] >= min_correct:
-            return position, evaluated
-        # The samples that are most wrong now will mostly be wrong in the next models too: a few more than the margin
-        # allows are enough while most are wrong, and all that may turn near the threshold.
-        num_hardest = allowed + 64 if total - evaluated[position] > 3 * allowed else 2 * allowed + 64
-        hardest = _margins(logits, candidate.labels).topk(min(total, num_hardest), largest=False).indices
-        grown = Grown(candidate, hardest)
-        for position in range(position + 1, len(path) + 1):  # noqa: B020
-            if position < len(path) and _clearly_wrong(grown.advance(path[position]), grown.labels) <= allowed:
-                break
+            break
+        position = _next_possible(candidate, path, position + 1, logits, len(candidate.labels) - min_correct)
     return position, evaluated
+
+
+def _next_possible(candidate: Candidate, path: list[Counts], start: int, logits: Tensor, allowed: int) -> int:
+    """The first position from `start` on at which too few samples are clearly wrong to rule it out.
+
+    The samples that `logits`, of the model before, get most wrong are mostly wrong in the next models too. So they are
+    seen first, part by part, until more of them are wrong than is allowed.
+    """
+    hardest = _margins(logits, candidate.labels).argsort()[: 2 * allowed + 64]
+    parts = hardest.split(candidate.features.batch_size)
+    graph = candidate.graph
+    part_bytes = 4 * len(parts[0]) * sum(graph.value_size(node.name, graph.groups) for node in graph.nodes)
+    grown: list[Grown] = []
+    for position in range(start, len(path)):
+        wrong = 0
+        for index, samples in enumerate(parts):
+            if index == len(grown):
+                grown.append(Grown(candidate, samples, hold=(index + 1) * part_bytes <= HELD_BYTES))
+            wrong += _clearly_wrong(grown[index].advance(path[position]), grown[index].labels)
+            if wrong > allowed:
+                break
+        else:
+            return position
+    return len(path)
 
 
 def scan(

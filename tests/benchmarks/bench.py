@@ -42,6 +42,7 @@ from clnp_search.selection import min_correct
 from clnp_search.sequence import active_units
 from clnp_search.storage import RunFolder
 from clnp_search.tasks import RawData, Scenario, Task, TaskData
+from clnp_search.tasks.cifar import load_cifar
 from clnp_search.tasks.data import load_mnist
 
 HERE = Path(__file__).parent
@@ -395,7 +396,7 @@ def networks(options: Options) -> Iterator[Row]:
             bench = on_random(make_state(graph), points, num_batches, precision)
             bench.training.run_epoch()
             # In turns, so that what else the machine does hits both.
-            pairs = [(timed(bench.training.run_epoch), timed(plain)) for _ in range(max(2, options.repeats // 2))]
+            pairs = [(timed(bench.training.run_epoch), timed(plain)) for _ in range(options.repeats)]
             ours, theirs = (min(times) / num_batches for times in zip(*pairs, strict=True))
             rate = bench.pack.training_flop * BATCH / ours
             detail = (
@@ -413,7 +414,7 @@ def network_frozen(options: Options) -> Iterator[Row]:
     benches = [on_random(make_state(graph, fraction), 4, num_batches) for fraction in (0.0, 0.5)]
     for bench in benches:
         bench.training.run_epoch()
-    pairs = [[timed(bench.training.run_epoch) for bench in benches] for _ in range(max(2, options.repeats // 2))]
+    pairs = [[timed(bench.training.run_epoch) for bench in benches] for _ in range(options.repeats)]
     first, later = (min(times) for times in zip(*pairs, strict=True))
     detail = f"epoch {later:.2f} s / {first:.2f} s; frozen outputs {benches[1].prepared_s:.2f} s, once a task"
     yield Row("zenke, 4 points, half frozen over first task", later / first, high=0.55, detail=detail)
@@ -422,16 +423,15 @@ def network_frozen(options: Options) -> Iterator[Row]:
 def network_scan(options: Options) -> Iterator[Row]:
     """The exact scan of zenke's network on 5,000 images over one training epoch of 45,000."""
     prepare(CORES)
-    graph, batches = _network("zenke")[0], 2 if options.quick else 20
-    generator = torch.Generator().manual_seed(0)
-    centres = torch.randn(CLASSES, *graph.input_shape, generator=generator)
-    labels = torch.randint(CLASSES, (batches * BATCH + (500 if options.quick else 5000),), generator=generator)
-    inputs = 0.15 * centres[labels] + torch.randn(len(labels), *graph.input_shape, generator=generator)
-    split = batches * BATCH
+    graph, split = _network("zenke")[0], (2 if options.quick else 40) * BATCH
+    raw = load_cifar("CIFAR10", options.root, CLASSES)
+    order = torch.randperm(len(raw.train_labels), generator=torch.Generator().manual_seed(0))[: split + 5000]
+    inputs, labels = ((torch.as_tensor(part)[order]) for part in (raw.train_inputs, raw.train_labels))
+    inputs = (inputs.float() - 120) / 64
     train, validation = (inputs[:split], labels[:split]), (inputs[split:], labels[split:])
-    state, point = make_state(graph), Point(0, (1e-4,) * len(graph.layers), 0.001)
-    bench = _bench(state, [point], train, validation, settings(3))
-    for _ in range(2):
+    state, point = make_state(graph), Point(0, (1e-5,) * len(graph.layers), 0.001)
+    bench = _bench(state, [point], train, validation, settings(6))
+    for _ in range(1 if options.quick else 5):
         bench.training.run_epoch()
     epoch = timed(bench.training.run_epoch) * 45_000 / split
     trained = bench.pack.point(0, *bench.pack.activities(bench.train))

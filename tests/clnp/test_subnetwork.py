@@ -11,6 +11,7 @@ import torch
 from builders import (
     GRAPHS,
     HEADS,
+    OPS_USED,
     commit_at,
     make_info,
     make_network,
@@ -19,31 +20,13 @@ from builders import (
     make_trained,
     make_training,
     run_all,
+    using,
 )
 from torch import Tensor
 
-from clnp_search.clnp.graph import INPUT, Builder, Graph, run
+from clnp_search.clnp.graph import INPUT, Graph, run
 from clnp_search.clnp.ops import (
-    OPS,
-    Activation,
-    AdaptivePool,
-    Add,
-    Affine,
-    AvgPool,
-    BatchNorm,
-    Concat,
-    Conv,
-    Depthwise,
-    Dropout,
-    Flatten,
-    Identity,
-    Linear,
-    MaxPool,
-    MeanPositions,
-    Multiply,
     Op,
-    PRelu,
-    ToMap,
 )
 from clnp_search.clnp.state import Architecture, State, commit, read_safetensors
 from clnp_search.clnp.subnetwork import Subnetwork, subnetworks
@@ -249,60 +232,7 @@ def test_subnetworks_gives_one_for_each_task_in_order() -> None:
 # Exports
 
 
-def using(op: Op) -> Graph:
-    """A small network of maps in which an op stands between a convolution and the head."""
-    build = Builder((2, 6, 6))
-    last = build.layer("first", Conv(padding=(1, 1)), INPUT, 4)
-    flat = build.add("mean", MeanPositions(), last)
-    if isinstance(op, Conv):
-        last = build.layer("op", op, last, 3)
-    elif isinstance(op, Linear):
-        last = build.layer("op", op, flat, 3)
-    elif isinstance(op, Add | Multiply | Concat):
-        last = build.add("op", op, last, build.add("relu", Activation(), last))
-    elif isinstance(op, ToMap):
-        last = build.add("gated", Multiply(), last, build.add("op", op, flat))
-    else:
-        last = build.add("op", op, last)
-    if build.node(last).positions:
-        last = build.add("flat", Flatten(), last)
-    build.layer("head", Linear(), last, 0, head=True)
-    return build.build()
-
-
-VARIANTS: list[Op] = [
-    *(Activation(name) for name in ("relu", "gelu", "hardswish", "silu", "leaky_relu")),
-    AdaptivePool((2, 3)),
-    AdaptivePool((1, 1), maximum=True),
-    Add(),
-    Affine(1 / 6, 0.5),
-    AvgPool(),
-    AvgPool((3, 3), (2, 2), (1, 1), count_padding=False),
-    BatchNorm(),
-    BatchNorm(affine=False),
-    Concat(),
-    Conv(),
-    Conv(kernel=(3, 2), stride=(2, 1), padding=(1, 0), dilation=(2, 1), bias=False),
-    Depthwise(padding=(1, 1)),
-    Depthwise(bias=False, stride=(2, 2)),
-    Dropout(),
-    Flatten(),
-    Identity(),
-    Linear(),
-    MaxPool(),
-    MaxPool((3, 3), (2, 2), (1, 1)),
-    MeanPositions(),
-    Multiply(),
-    PRelu(),
-    ToMap(),
-]
-
-
-def test_every_op_is_exported_here() -> None:
-    assert {type(op) for op in VARIANTS} == set(OPS.values())
-
-
-@pytest.mark.parametrize("op", VARIANTS, ids=str)
+@pytest.mark.parametrize("op", OPS_USED, ids=str)
 def test_exports_agree_with_the_subnetwork_on_raw_images(op: Op) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     state = make_state(Architecture(using(op)), 2)
