@@ -25,7 +25,7 @@ from clnp_search.clnp.state import FreeParameters, Parameters, State
 
 # What the largest value of a microbatch may take while training, so that it stays in a CPU's cache.
 CACHED_BYTES = 8 << 20
-EVALUATED_BYTES = 64 << 20
+EVALUATED_BYTES = 16 << 20
 LARGEST_BATCH = 1000
 CACHE_BYTES = 4 << 30  # frozen outputs of a split are kept if they fit into this
 

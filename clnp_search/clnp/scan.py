@@ -27,7 +27,8 @@ CURVE_STEPS = 16
 # a few samples round differently from a whole split, by about 1e-6.
 ROUNDING = 1e-4
 HELD_BYTES = 1 << 30  # what the values of a search may take
-# Starts of the search for one theta a group, times the free units: all that pass in small networks, few in wide ones.
+# Starts of the search for one theta a group, times the free units: all that pass in small networks, few in wide ones,
+# and one in networks of maps.
 STARTED_UNITS = 4096
 
 Counts = tuple[int, ...]
@@ -236,8 +237,9 @@ def scan(
     if rule == "global":
         theta = (values[chosen],) * depth
         return _record(candidate, point, theta, path[chosen], evaluated[chosen], curve, (), started)
+    known: Known = {}
     raised = [
-        _raise_all(candidate, [values[start]] * depth, order, min_correct)
+        _raise_all(candidate, [values[start]] * depth, order, min_correct, known)
         for start in _starts(candidate, path, chosen, evaluated, min_correct)
         for order in (range(depth)[::-1], range(depth))
     ]
@@ -246,13 +248,16 @@ def scan(
 
 
 Raised = tuple[list[float], Counts, int, tuple[tuple[CurveStep, ...], ...]]
+# For a group and the counts of the others: the steps (theta, counts, right samples) that were evaluated, and the best.
+Step = tuple[float, Counts, int]
+Known = dict[tuple[int, Counts], tuple[list[Step], Step]]
 
 
 def _starts(
     candidate: Candidate, path: list[Counts], chosen: int, evaluated: dict[int, int], min_correct: int
 ) -> Iterator[int]:
     """Positions of global thetas from which single ones are raised: the highest that passes, and lower ones."""
-    number = max(1, STARTED_UNITS // max(1, sum(candidate.all)))
+    number = max(1, STARTED_UNITS // max(1, sum(candidate.all))) if candidate.graph.is_dense else 1
     lower = range(chosen, len(path))
     spaced = {lower[round(step * (len(lower) - 1) / max(1, number - 1))] for step in range(number)}
     for position in sorted(spaced | {chosen}):
@@ -262,33 +267,38 @@ def _starts(
             yield position
 
 
-def _raise_all(candidate: Candidate, theta: list[float], order: Iterable[int], min_correct: int) -> Raised:
+def _raise_all(
+    candidate: Candidate, theta: list[float], order: Iterable[int], min_correct: int, known: Known
+) -> Raised:
     """Each group's theta raised as far as the others allow, one after another."""
     curves: list[tuple[CurveStep, ...]] = [()] * len(theta)
     counts, correct = candidate.counts(theta), 0
     for group in order:
-        theta, counts, correct, curves[group] = _raise_one(candidate, group, theta, min_correct)
+        others = (group, (*counts[:group], *counts[group + 1 :]))
+        if others not in known:  # many starts lead to the same models
+            known[others] = _raise_one(candidate, group, theta, min_correct)
+        steps, (value, counts, correct) = known[others]
+        curve = [([*theta[:group], tried, *theta[group + 1 :]], units, right) for tried, units, right in steps]
+        curves[group] = tuple(_curve(candidate, curve))
+        theta = [*theta[:group], value, *theta[group + 1 :]]
     return theta, counts, correct, tuple(curves)
 
 
-def _raise_one(
-    candidate: Candidate, group: int, theta: list[float], min_correct: int
-) -> tuple[list[float], Counts, int, tuple[CurveStep, ...]]:
+def _raise_one(candidate: Candidate, group: int, theta: list[float], min_correct: int) -> tuple[list[Step], Step]:
     """The highest theta of one group that passes while the others keep theirs."""
     values = candidate.activities[group].unique().flip(0)
     tried = [*values[values > theta[group]].tolist(), theta[group]]
-    thetas = [[*theta[:group], value, *theta[group + 1 :]] for value in tried]
-    path = [candidate.counts(each) for each in thetas]
+    path = [candidate.counts([*theta[:group], value, *theta[group + 1 :]]) for value in tried]
     chosen, evaluated = highest_passing(candidate, path, min_correct)
     for position in {max(0, chosen - 1)} - evaluated.keys():
         evaluated[position] = candidate.num_correct(path[position])
-    steps = [(tuple(thetas[position]), path[position], correct) for position, correct in sorted(evaluated.items())]
-    return thetas[chosen], path[chosen], evaluated[chosen], tuple(_curve(candidate, steps))
+    steps = [(tried[position], path[position], correct) for position, correct in sorted(evaluated.items())]
+    return steps, (tried[chosen], path[chosen], evaluated[chosen])
 
 
-def _curve(candidate: Candidate, steps: list[tuple[tuple[float, ...], Counts, int]]) -> Iterator[CurveStep]:
+def _curve(candidate: Candidate, steps: Iterable[tuple[Sequence[float], Counts, int]]) -> Iterator[CurveStep]:
     for theta, counts, correct in steps:
-        yield CurveStep(theta, correct / len(candidate.labels), _active(candidate, counts))
+        yield CurveStep(tuple(theta), correct / len(candidate.labels), _active(candidate, counts))
 
 
 def _active(candidate: Candidate, counts: Counts) -> Counts:
