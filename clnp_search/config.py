@@ -385,6 +385,8 @@ class TrainingConfig(_Section):
     l1_scales: NonNegative = 1.0
     """L1 on the scales of normalisation layers, as a multiple of alpha: a normalised layer does not feel the size of
     its weights, so that L1 on them alone empties no unit."""
+    compensate: StrictBool = False
+    """Whether pruning folds what a pruned unit gives on average into the biases, still free, of what reads it."""
     precision: Literal["float32", "tf32", "bf16"] = "float32"
     """Of the matrix products; parameters and optimizer state stay float32. tf32 equals float32 on a CPU."""
 

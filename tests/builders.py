@@ -176,11 +176,14 @@ def make_info(
     return TaskInfo(name, num_classes, shape, InputTransform((0.0,), (1.0,), shape, permutation))
 
 
-def make_trained(state: State, num_classes: int = 2, seed: int = 0, exact: bool = False) -> FreeParameters:
+def make_trained(
+    state: State, num_classes: int = 2, seed: int = 0, exact: bool = False, samples: Tensor | None = None
+) -> FreeParameters:
     """Random parameters for a new task on `state`; activities are below 1, one of each group above 0.9.
 
     Args:
         exact: Small multiples of 1/4, which sum without rounding in any order, and activities with ties and zeros.
+        samples: Over which the means of what pruning takes away are taken.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -205,7 +208,11 @@ def make_trained(state: State, num_classes: int = 2, seed: int = 0, exact: bool 
         if len(activity):  # so that each task grows a unit in each group
             activity[activity.argmax()] = 1.0 - activity.max() / 16
         activities[group] = activity
-    return Pack(state, num_classes, [(0.0,) * len(graph.layers)], initial).point(0, activities)
+    pack = Pack(state, num_classes, [(0.0,) * len(graph.layers)], initial)
+    if samples is None:
+        return pack.point(0, activities)
+    features = pack.features(samples, torch.zeros(len(samples), dtype=torch.int64))
+    return pack.point(0, activities, pack.means(features)[0])
 
 
 def commit_at(state: State, trained: FreeParameters, theta: float = 0.6, **info: Any) -> State:

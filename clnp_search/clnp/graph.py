@@ -164,6 +164,18 @@ class Graph:
                         break
         return found
 
+    def shift_of(self, name: str) -> tuple[str, str, int] | None:
+        """Where a constant that is added to a layer's output goes: node, parameter and sign; None if nowhere.
+
+        Into its bias, or out of the mean that a normalisation subtracts right after it.
+        """
+        if "bias" in self.shapes(self.by_name[name]):
+            return name, "bias", 1
+        readers = [node for node in self.nodes if name in node.inputs]
+        if len(readers) == 1 and isinstance(readers[0].op, BatchNorm):
+            return readers[0].name, "mean", -1
+        return None
+
     def upstream(self, names: Iterable[str]) -> set[str]:
         """These nodes and all that they depend on."""
         found = set(names)

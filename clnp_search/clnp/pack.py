@@ -391,6 +391,38 @@ class Pack:
                 found.extend(self._by_group(block, sums, len(features)))
         return found
 
+    def means(self, features: Features) -> list[dict[str, Tensor]]:
+        """For each point, what `FreeParameters.means` holds, over a split."""
+        frozen_bias = self.state.architecture.bias_rule == "frozen" and self.state.heads
+        layers = [
+            node
+            for node in self.graph.nodes
+            if isinstance(node.op, Reader)
+            and self.graph.shift_of(node.name)
+            and not (node.name == self.graph.head and frozen_bias)
+        ]
+        found: list[dict[str, Tensor]] = []
+        with torch.no_grad():
+            for block in self.blocks:
+                sums: dict[str, Tensor] = {}
+                for levels, _ in features.batches():
+                    values = block.forward(levels, dtype=self.dtype, keep=True)
+                    for name in {self.graph.source(node).name for node in layers} & values.keys():
+                        value = values[name]
+                        if value.ndim == 4:
+                            total = value.mean((2, 3), dtype=torch.float64).sum(0)
+                        else:
+                            total = value.sum(1, dtype=torch.float64)
+                        sums[name] = sums[name] + total if name in sums else total
+                for point in range(block.points):
+                    found.append({})
+                    for node in layers:
+                        source = self.graph.source(node)
+                        if source.name in sums:
+                            mean = (sums[source.name] / len(features)).view(block.points, -1, source.taps)[point]
+                            found[-1][node.name] = mean.float().cpu()
+        return found
+
     def finite(self, activities: Sequence[Mapping[str, Tensor]] = ()) -> list[bool]:
         """For each point, whether all its parameters, and its units' activities, are finite."""
         checks = [
@@ -404,15 +436,17 @@ class Pack:
             finite[position] = finite[position] and all(bool(values.isfinite().all()) for values in seen.values())
         return finite
 
-    def point(self, position: int, activities: Mapping[str, Tensor]) -> FreeParameters:
-        """The parameters of the pack's point at `position`, on the CPU, with its units' activities."""
+    def point(
+        self, position: int, activities: Mapping[str, Tensor], means: Mapping[str, Tensor] | None = None
+    ) -> FreeParameters:
+        """The parameters of the pack's point at `position`, on the CPU, with its units' activities and means."""
         which = max(index for index, first in enumerate(self._first) if first <= position)
         own = {
             node: {name: tensor[position - self._first[which]].detach().cpu().clone() for name, tensor in each.items()}
             for node, each in self.blocks[which].tensors.items()
         }
         cpu = {group: values.cpu() for group, values in activities.items()}
-        return FreeParameters(self.units[position], own, cpu)
+        return FreeParameters(self.units[position], own, cpu, dict(means or {}))
 
     def _block(self, starts: Sequence[FreeParameters]) -> Block:
         tensors: Parameters = {

@@ -15,11 +15,12 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from clnp_search.clnp.graph import Node
 from clnp_search.clnp.ops import Concat, Reader
 from clnp_search.clnp.pack import CACHE_BYTES, Block, Features, Trunk
-from clnp_search.clnp.state import FreeParameters, State, own_index
+from clnp_search.clnp.state import FreeParameters, State, mean_outputs, own_index, shift
 from clnp_search.records import CurveStep, ScanRecord
 
 CURVE_STEPS = 16
@@ -66,6 +67,18 @@ class Candidate:
                 if "weight.own" in own:
                     own["weight.own"] = own["weight.own"][:, columns]
                 self._tensors[node.name] = {name: part[None].to(device) for name, part in own.items()}
+        # For each layer that makes up for what is pruned: by group and number of units kept, what the others give.
+        self._given: dict[str, dict[str, Tensor]] = {}
+        for name, means in trained.means.items():
+            groups = [group for group in graph.source(graph.by_name[name]).groups if group in sizes]
+            ordered = means[own_index(tuple(groups), order, sizes)].to(device)
+            given = mean_outputs(self._tensors[name]["weight.own"][0], ordered).split(
+                [sizes[each] for each in groups], 1
+            )
+            self._given[name] = {
+                group: functional.pad(part.flip(1).cumsum(1).flip(1), (0, 1))
+                for group, part in zip(groups, given, strict=True)
+            }
         active = state.active()
         self.frozen = tuple(len(active[group]) for group in self.groups)
         self.features = Features(Trunk(state, device), inputs, labels, cache_bytes)
@@ -81,8 +94,11 @@ class Candidate:
             units = {group: torch.arange(kept[group]) for group in groups if group in kept}
             return tensor.index_select(dim, own_index(tuple(groups), units, sizes).to(tensor.device))
 
+        whole = dict(self._tensors)
+        for name, given in self._given.items():
+            shift(self.graph, whole, name, torch.stack([part[:, kept[group]] for group, part in given.items()]).sum(0))
         tensors: dict[str, dict[str, Tensor]] = {}
-        for name, own in self._tensors.items():
+        for name, own in whole.items():
             node = self.graph.by_name[name]
             parts = dict(own) if name == self.graph.head else {each: cut(own[each], 1, node.groups) for each in own}
             if "weight.own" in parts:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -336,15 +336,18 @@ class FreeParameters:
             `weight.shared` [F, A, taps] over the frozen units that it reads (in the order of groups, ascending) and
             `weight.own` [F, I, taps] over the free ones.
         activities: For each group [F] float64, the mean post-activation value over the training split.
+        means: For each layer whose bias makes up for the units that pruning takes from its input (none by default):
+            the mean of each free unit's values there [I, taps], or [I, 1] over all positions of a map.
     """
 
     units: dict[str, Tensor]
     tensors: Parameters
     activities: dict[str, Tensor]
+    means: dict[str, Tensor] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
         """The parameters as a safetensors file."""
-        tensors = flat({"units": self.units, "activities": self.activities})
+        tensors = flat({"units": self.units, "activities": self.activities, "means": self.means})
         tensors |= {f"parameters/{name}": tensor for name, tensor in flat(self.tensors).items()}
         return safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()})
 
@@ -356,7 +359,7 @@ class FreeParameters:
             ValueError: The bytes are no such file.
         """
         try:
-            read: dict[str, dict[str, Tensor]] = {"units": {}, "activities": {}}
+            read: dict[str, dict[str, Tensor]] = {"units": {}, "activities": {}, "means": {}}
             parameters: Parameters = {}
             for name, tensor in sorted(_load(data).items()):
                 kind, _, rest = name.partition("/")
@@ -376,7 +379,7 @@ class FreeParameters:
         return {group: torch.nonzero(values > theta[group]).flatten() for group, values in self.activities.items()}
 
     def pruned(self, graph: Graph, theta: Mapping[str, float]) -> FreeParameters:
-        """What a threshold leaves of them."""
+        """What a threshold leaves of them; biases make up for the mean of what is gone, where it is known."""
         kept = self.kept(theta)
         sizes = {group: len(units) for group, units in self.units.items()}
         tensors = {}
@@ -388,11 +391,34 @@ class FreeParameters:
                 if "weight.own" in cut:
                     cut["weight.own"] = cut["weight.own"][:, columns]
                 tensors[node.name] = cut
+        means = {}
+        for name, each in self.means.items():
+            node = graph.by_name[name]
+            rows, columns = (own_index(one.groups, kept, sizes) for one in (node, graph.source(node)))
+            gone = torch.ones(len(each), dtype=torch.bool)
+            gone[columns] = False
+            given = mean_outputs(self.tensors[name]["weight.own"], each)[:, gone].sum(1)
+            shift(graph, tensors, name, given if node.groups == (CLASSES,) else given[rows])
+            means[name] = each[columns]
         return FreeParameters(
             {group: units[kept[group]] for group, units in self.units.items()},
             tensors,
             {group: values[kept[group]] for group, values in self.activities.items()},
+            means,
         )
+
+
+def mean_outputs(weight: Tensor, means: Tensor) -> Tensor:
+    """What each input unit adds to each output unit on average [F, I] float64: weights [F, I, taps], means [I, ...]."""
+    return (weight.double() * means.double()).sum(2)
+
+
+def shift(graph: Graph, tensors: Parameters, name: str, constant: Tensor) -> None:
+    """Adds a constant [..., F] to a layer's output, by other values of one of `tensors`."""
+    if (where := graph.shift_of(name)) is not None:
+        node, parameter, sign = where
+        moved = tensors[node][parameter].double() + sign * constant
+        tensors[node] = tensors[node] | {parameter: moved.float()}
 
 
 def own_index(groups: tuple[str, ...], kept: Mapping[str, Tensor], sizes: Mapping[str, int]) -> Tensor:

@@ -31,6 +31,7 @@ class TrainingSettings:
             parameters, gradients' sums and the optimizer in float32.
         l1: `subgradient` (the paper's) or `proximal`.
         l1_scales: What multiplies alpha for the scales of normalisation layers.
+        compensate: Whether pruning folds what it takes away on average into biases that are still free.
     """
 
     epochs: int = 12
@@ -42,6 +43,7 @@ class TrainingSettings:
     precision: str = "float32"
     l1: str = "subgradient"
     l1_scales: float = 1.0
+    compensate: bool = False
 
     @property
     def penalty(self) -> L1:

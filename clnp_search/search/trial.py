@@ -172,7 +172,8 @@ def _train(inputs: TaskInputs, points: Sequence[Point], notes: tuple[str, ...]) 
     with _computing():
         activities = pack.activities(train)
         finite = pack.finite(activities)
-        trained = [pack.point(position, each) for position, each in enumerate(activities)]
+        means = pack.means(train) if inputs.run.settings.compensate else [{}] * len(points)
+        trained = [pack.point(position, *each) for position, each in enumerate(zip(activities, means, strict=True))]
         # As the scan counts, in float32 whatever the training's precision, so that both are held to one limit.
         validation = _validation(inputs.data(), pack.device)
         correct = [

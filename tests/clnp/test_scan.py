@@ -87,14 +87,19 @@ class Slow:
 
 
 def make_candidate(
-    architecture: Architecture, num_tasks: int, seed: int, exact: bool, num_samples: int = 300
+    architecture: Architecture,
+    num_tasks: int,
+    seed: int,
+    exact: bool,
+    num_samples: int = 300,
+    compensated: bool = False,
 ) -> tuple[Slow, Candidate]:
     """A random candidate on a state of `num_tasks`; its labels are mostly what the unpruned model says."""
     state = make_state(architecture, num_tasks, exact=exact)
     num_classes = 3 if architecture.head == "multi" else 2
-    trained = make_trained(state, num_classes, seed + 100, exact)
     generator = torch.Generator().manual_seed(seed)
     inputs = torch.randn(num_samples, *state.graph.input_shape, generator=generator)
+    trained = make_trained(state, num_classes, seed + 100, exact, inputs if compensated else None)
     if exact:
         inputs = (4 * inputs).round() / 4
     whole = commit_at(state, trained, -1.0, num_classes=num_classes)
@@ -139,6 +144,22 @@ def test_a_scan_gives_what_committing_every_model_gives(network: str, head: str,
             assert (record.val_correct, record.active) == slow.at(record.theta or [0.0] * slow.depth)
             assert record.point == seed
             slow.assert_curve(record.curve)
+
+
+@pytest.mark.parametrize("rule", ["global", "per_layer"])
+@pytest.mark.parametrize("head", ["multi", "single"])
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_scan_holds_where_biases_make_up_for_what_is_pruned(network: str, head: str, rule: str) -> None:
+    architecture = replace(NETWORKS[network], head=head)
+    slow, candidate = make_candidate(architecture, 1, 3, exact=False, compensated=True)
+    assert candidate.num_correct((0,) * slow.depth) == slow.at([1.0] * slow.depth)[0]
+    best = slow.at([0.0] * slow.depth)[0]
+    for allowed in MARGINS[1:4]:
+        record = scan(candidate, 0, best - allowed, rule)
+        if rule == "global":
+            assert record.theta == slow.highest(best - allowed)
+        assert (record.val_correct, record.active) == slow.at(record.theta or [0.0] * slow.depth)
+        slow.assert_curve(record.curve)
 
 
 @pytest.mark.parametrize("num_tasks", [0, 1])

@@ -123,6 +123,31 @@ def test_logits_are_those_of_the_pruned_pack(network: str, head: str, bias: str)
 # Contents
 
 
+@pytest.mark.parametrize("network", ["mlp", "conv"])
+@pytest.mark.parametrize("head", ["multi", "single"])
+def test_biases_make_up_for_units_that_always_give_the_same(network: str, head: str) -> None:
+    state = make_state(Architecture(GRAPHS[network], head, "per_task"), 1)
+    sample, _ = make_samples(1, state.graph.input_shape)
+    trained = make_trained(state, seed=4, samples=sample)
+    # Over one sample every value is its own mean; before the last convolution, only those of one position would be.
+    theta = dict.fromkeys(state.graph.groups, 0.6)
+    theta |= {"conv0": -1.0} if network == "conv" else {}
+    info = make_info(shape=state.graph.input_shape)
+    pruned, whole = (
+        Subnetwork(commit(state, info, trained, at), 1) for at in (theta, dict.fromkeys(state.graph.groups, -1.0))
+    )
+    torch.testing.assert_close(pruned(sample), whole(sample), rtol=1e-5, atol=1e-5)
+    without = Subnetwork(commit(state, info, replace(trained, means={}), theta), 1)
+    assert (without(sample) - whole(sample)).abs().max() > 0.01
+
+
+def test_the_mean_that_a_normalisation_subtracts_makes_up_where_there_is_no_bias() -> None:
+    graph = GRAPHS["conv_norm"]
+    assert graph.shift_of("conv1") == ("conv1.norm", "mean", -1)
+    assert graph.shift_of("dense0") == ("dense0", "bias", 1)
+    assert GRAPHS["residual"].shift_of("one") == ("one.norm", "mean", -1)
+
+
 def test_the_digest_changes_with_one_bit_of_any_parameter() -> None:
     network = Subnetwork(make_state(DEEP, 2), 1)
     digests = {network.digest}

@@ -88,6 +88,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "precision": {"training": {"precision": "bf16"}},
     "l1": {"training": {"l1": "proximal"}},
     "l1 of scales": {"training": {"l1_scales": 2.0}},
+    "compensation": {"training": {"compensate": True}},
 }
 
 
