@@ -180,8 +180,11 @@ class RunFolder:
         self.write("lease.json", _to_json(holder))
 
     def read_lease(self) -> Holder | None:
-        """Who drives the run, or did when it crashed."""
-        return self._read_record("lease.json", Holder)
+        """Who drives the run, or did when it crashed; nobody, if the machine went down while it was written."""
+        try:
+            return self._read_record("lease.json", Holder)
+        except RuntimeError:
+            return None
 
     def delete_lease(self) -> None:
         """Records that nobody drives the run."""

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,22 @@ class Cli:
     """The command line, run in a folder."""
 
     folder: Path
+    processes: list[subprocess.Popen[str]] = field(default_factory=list)
+
+    def end(self) -> None:
+        """Leaves nothing running, whatever a failed test has left."""
+        for process in self.processes:
+            if process.poll() is None:
+                kill_everything(process)
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         """A running command."""
         command = [sys.executable, "-m", "clnp_search", *arguments]
         environment = os.environ | {"COLUMNS": "200", "RAY_USAGE_STATS_ENABLED": "0", "PYTHONUNBUFFERED": "1"}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        return subprocess.Popen(command, cwd=self.folder, env=environment, start_new_session=True, **pipes)  # type: ignore[call-overload,no-any-return]
+        process = subprocess.Popen(command, cwd=self.folder, env=environment, start_new_session=True, **pipes)  # type: ignore[call-overload]
+        self.processes.append(process)
+        return process  # type: ignore[no-any-return]
 
     def __call__(self, *arguments: str, status: int = 0) -> subprocess.CompletedProcess[str]:
         """A finished command, which must end with `status`."""

@@ -146,3 +146,11 @@ def test_of_many_that_start_at_once_one_drives(folder: RunFolder, quick: None) -
     for thread in threads:
         thread.join()
     assert (len(drivers), len(losers)) == (1, 3)
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b'{"token": 1}'])
+def test_a_lease_that_was_cut_short_by_a_crash_holds_nothing(folder: RunFolder, damage: bytes) -> None:
+    folder.write("lease.json", damage)
+    assert folder.read_lease() is None
+    with Lease(folder, unexpected):
+        assert holder_of(folder).beat == 0

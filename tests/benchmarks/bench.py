@@ -500,12 +500,11 @@ def marginal(options: Options) -> Iterator[Row]:
 
 def memory(options: Options) -> Iterator[Row]:
     """A trial's peak memory over what the plan expected."""
-    for hidden, points in ((NARROW, 12), (WIDE, 1)):
+    for name, points in (("2 x 100", 12), ("2 x 2000", 1), ("zenke", 4), ("resnet18", 2)):
         with tempfile.TemporaryDirectory() as folder:
-            inputs = _task_inputs(options, hidden, make_points(points), folder)
+            inputs = _task_inputs(options, name, points, folder)
             command = [sys.executable, str(Path(__file__)), "--root", str(options.root), *["--quick"] * options.quick]
-            command += ["--pack", str(hidden[0]), str(points), folder]
-            [output], _ = _run_all([command])
+            [output], _ = _run_all([[*command, "--pack", name, str(points), folder]])
         data = inputs.data()
         estimate = estimate_memory(
             inputs.state.architecture,
@@ -518,12 +517,20 @@ def memory(options: Options) -> Iterator[Row]:
         before, peak = map(int, output.split())
         planned = estimate.total(points)
         detail = f"{peak / 2**20:.0f} MiB / {planned / 2**20:.0f} MiB; before any data {before / 2**20:.0f} MiB"
-        name = f"peak memory over estimate: 2 x {hidden[0]}, {points} point(s)"
-        yield Row(name, peak / planned, low=0.75, high=1.25, detail=detail)
+        yield Row(f"peak memory over estimate: {name}, {points} point(s)", peak / planned, 0.75, 1.25, detail)
 
 
-def _task_inputs(options: Options, hidden: tuple[int, ...], points: list[Point], folder: str) -> TaskInputs:
-    state, scenario = make_state(hidden), options.scenario()
+def _task_inputs(options: Options, name: str, num_points: int, folder: str) -> TaskInputs:
+    """The first task of permuted MNIST, or, for networks of maps, a few images of CIFAR-10's size."""
+    if name.startswith("2 x "):
+        state, scenario = make_state((int(name.removeprefix("2 x ")),) * 2), options.scenario()
+    else:
+        state, num = make_state(_network(name)[0]), 500 if options.quick or name == "resnet18" else 20_000
+        inputs, labels = random_samples(num, state.graph.input_shape)
+        images = (100 + 50 * inputs).clamp(0, 255).byte().numpy()
+        raw = RawData(images, labels.numpy(), images[:10], labels[:10].numpy(), CLASSES)
+        scenario = Scenario((raw,), (Task(0, "random"),), num // 4, flatten=False)
+    points = make_points(num_points, len(state.graph.layers))
     keys = tuple(pack_name([point.name]) for point in points)
     here = Environment("cpu", 1, "float32", torch.__version__, version("clnp-search"))
     plan = TaskPlan(0, scenario.tasks[0].name, state.digest, tuple(points), keys, (tuple(range(len(points))),), here)
@@ -531,16 +538,15 @@ def _task_inputs(options: Options, hidden: tuple[int, ...], points: list[Point],
     return TaskInputs(run, plan, state)
 
 
-def train_pack_alone(options: Options, width: int, points: int, folder: str) -> None:
+def train_pack_alone(options: Options, name: str, num_points: int, folder: str) -> None:
     """What a trial's process does for one pack; prints its resident bytes before any data, and at the peak."""
     import clnp_search.search.cluster  # noqa: F401  (as a worker does, to find the function; with it, Ray)
 
     before = _resident("VmRSS")
-    inputs = _task_inputs(options, (width, width), make_points(points), folder)
+    inputs = _task_inputs(options, name, num_points, folder)
     for _ in run_pack(inputs, inputs.plan.points):
         pass
-    folder = RunFolder(inputs.run.folder)
-    records = [folder.read_point(0, point.name) for point in inputs.plan.points]
+    records = [RunFolder(inputs.run.folder).read_point(0, point.name) for point in inputs.plan.points]
     assert all(record is not None and record.status == "done" for record in records), records
     # Not getrusage: its peak also counts the process that started this one, from before exec.
     print(before, _resident("VmHWM"))
@@ -639,8 +645,8 @@ def main() -> None:
     parser.add_argument("--pack", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.pack:
-        width, points, folder = args.pack
-        train_pack_alone(Options(args.root, args.quick, args.full), int(width), int(points), folder)
+        name, points, folder = args.pack
+        train_pack_alone(Options(args.root, args.quick, args.full), name, int(points), folder)
         return
     if unknown := set(args.names) - set(BENCHMARKS):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(BENCHMARKS)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,9 @@ from command_line import SWEEP, Cli
 
 
 @pytest.fixture
-def cli(tmp_path: Path) -> Cli:
+def cli(tmp_path: Path) -> Iterator[Cli]:
     """The command line in a folder with `sweep.yaml`."""
     (tmp_path / "sweep.yaml").write_text(SWEEP)
-    return Cli(tmp_path)
+    cli = Cli(tmp_path)
+    yield cli
+    cli.end()

@@ -6,10 +6,11 @@ import signal
 import socket
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from builders import make_sweep, write_run
-from command_line import Cli
+from command_line import Cli, wait_until
 
 from clnp_search.storage import RunFolder
 
@@ -52,15 +53,30 @@ def test_a_store_with_a_server_of_its_own_is_named_with_the_page_of_the_runs(log
     assert answer.stdout == f"This store has a server of its own: {page}\n"
 
 
+@pytest.fixture
+def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file of the addresses that are opened in the user's browser."""
+    browser, addresses = tmp_path / "browser", tmp_path / "opened"
+    browser.write_text(f'#!/bin/sh\necho "$1" >>{addresses}\n')
+    browser.chmod(0o755)
+    monkeypatch.setenv("BROWSER", f"{browser} %s")
+    return addresses
+
+
+def test_open_leads_the_browser_to_a_server_of_its_own(logged: Cli, opened: Path) -> None:
+    page = logged("ui", "run", "--tracking-uri", "http://host:1/", "--open").stdout.partition(": ")[2]
+    assert opened.read_text() == page
+
+
 def test_a_run_without_tracking_has_no_page(cli: Cli) -> None:
     list(write_run(RunFolder(str(cli.folder / "runs" / "run")), make_sweep(tracking={"uri": "none"})))
     assert cli("ui", "run", status=2).stderr == "run: nothing is logged to MLflow (tracking.uri is none)\n"
 
 
-def test_the_server_shows_the_page_of_the_runs_and_ends_on_an_interrupt(logged: Cli) -> None:
+def test_the_server_shows_the_page_of_the_runs_and_ends_on_an_interrupt(logged: Cli, opened: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    with logged.start("ui", "run", "--port", str(port)) as process:
+    with logged.start("ui", "run", "--open", "--port", str(port)) as process:
         assert process.stderr is not None
         try:
             assert process.stderr.readline().endswith("Ctrl-C ends it\n")
@@ -69,6 +85,8 @@ def test_the_server_shows_the_page_of_the_runs_and_ends_on_an_interrupt(logged: 
             assert any("startup complete" in line for line in process.stderr)
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=30) as answer:
                 assert answer.read() == b"OK"
+            assert wait_until(opened.exists, process, 30)
+            assert opened.read_text() == page
         finally:
             process.send_signal(signal.SIGINT)
         process.communicate(timeout=60)

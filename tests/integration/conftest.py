@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,13 @@ def cli(tmp_path_factory: pytest.TempPathFactory) -> Cli:
     folder = tmp_path_factory.mktemp("work")
     (folder / "sweep.yaml").write_text(SWEEP)
     return Cli(folder)
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(cli: Cli) -> Iterator[None]:
+    """No command of a test runs on into the next one."""
+    yield
+    cli.end()
 
 
 @pytest.fixture(scope="session")
