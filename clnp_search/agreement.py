@@ -31,7 +31,13 @@ def check_sweep(folder: RunFolder, sweep: Sweep) -> None:
         raise InputError(f"{folder.uri}: scenario.tasks is {sweep.scenario.tasks}, but {committed} are committed")
     for index in range(committed + 1):
         if (plan := folder.read_plan(index)) is not None:
-            _check_settings(folder, plan, sweep)
+            _check_settings(folder, plan, sweep_at(folder, sweep, plan))
+
+
+def sweep_at(folder: RunFolder, sweep: Sweep, plan: TaskPlan) -> Sweep:
+    """The settings of a task: the run's own, or those that a task which it shares with another run was planned with."""
+    fork = folder.read_fork()
+    return sweep if fork is None or plan.task > fork.after_task else sweep.planned_with(plan.settings)
 
 
 def check_plan(folder: RunFolder, plan: TaskPlan, sweep: Sweep, parent: str, data: str, task: Task) -> None:
@@ -44,7 +50,7 @@ def check_plan(folder: RunFolder, plan: TaskPlan, sweep: Sweep, parent: str, dat
     Raises:
         InputError: Something is not as it was when the task was planned; says what.
     """
-    where = f"{folder.uri}: task {plan.task}"
+    where, sweep = f"{folder.uri}: task {plan.task}", sweep_at(folder, sweep, plan)
     _check_settings(folder, plan, sweep)
     if plan.data_digest != data:
         raise InputError(

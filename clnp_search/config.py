@@ -622,6 +622,33 @@ class Sweep(_Section):
             dump["capacity"] = self.capacity.model_dump(mode="json")
         return dict(_flatten(dump))
 
+    def overridden(self, overrides: Sequence[str]) -> Sweep:
+        """This sweep with `key=value` overrides applied.
+
+        Raises:
+            InputError: As `load_sweep`.
+        """
+        raw = self.model_dump(mode="json")
+        for override in overrides:
+            _apply_override(raw, override)
+        return parse_sweep(raw, "--set")
+
+    def planned_with(self, settings: Mapping[str, Any]) -> Sweep:
+        """This sweep with the settings of training, search and forgetting that a task was planned with.
+
+        Args:
+            settings: As `settings` gives them.
+
+        Raises:
+            InputError: They are none.
+        """
+        raw = self.model_dump(mode="json")
+        for key, value in settings.items():
+            section, _, name = key.partition(".")
+            if section in FORKED_SECTIONS:
+                raw[section][name] = value
+        return parse_sweep(raw, "a task's recorded settings")
+
     def differences(self, recorded: Sweep) -> list[str]:
         """Why this sweep cannot go on with a run of another one: `key: here, there` for each setting that keeps it.
 
@@ -648,6 +675,10 @@ class Sweep(_Section):
         keys = dict.fromkeys(key for flat in flats for key in flat)
         values = {key: [flat.get(key) for flat in flats] for key in keys}
         return {key: each for key, each in values.items() if any(value != each[0] for value in each)}
+
+
+# What a fork may change: what was decided before its first own task stays as it was.
+FORKED_SECTIONS = ("training", "search", "forgetting")
 
 
 def load_sweep(path: Path, overrides: list[str] | None = None) -> Sweep:

@@ -84,6 +84,18 @@ class TaskPlan:
 
 
 @dataclass(frozen=True)
+class Fork:
+    """Where a run has branched off: its tasks up to `after_task` are those of another one.
+
+    Args:
+        origin: That run's folder, whose later points are taken over where they are the same.
+    """
+
+    origin: str
+    after_task: int
+
+
+@dataclass(frozen=True)
 class Holder:
     """The process that drives a run.
 
@@ -142,6 +154,7 @@ class PointRecord:
         parameters_sha256: Of the file of its parameters; empty if it failed.
         round: Of fine-tuning, of which this is the end; 0 for the search itself.
         started, ended: When its pack was trained, in seconds since 1970; 0 if it was not recorded.
+        origin: The run folder that it was taken over from; empty if it was trained for this run.
     """
 
     key: str
@@ -157,6 +170,7 @@ class PointRecord:
     started: float = 0.0
     ended: float = 0.0
     round: int = 0
+    origin: str = ""
 
     @property
     def val_accuracy(self) -> float:

@@ -16,7 +16,15 @@ from typing import TYPE_CHECKING
 import torch
 
 from clnp_search import selection
-from clnp_search.agreement import Chosen, check_commit, check_plan, check_selection, check_sweep, recorded_choice
+from clnp_search.agreement import (
+    Chosen,
+    check_commit,
+    check_plan,
+    check_selection,
+    check_sweep,
+    recorded_choice,
+    sweep_at,
+)
 from clnp_search.clnp.seeds import generator
 from clnp_search.clnp.state import FREE, Architecture, Parameters, State, commit
 from clnp_search.clnp.subnetwork import Subnetwork, subnetworks
@@ -346,6 +354,11 @@ class Runner:
             numerics=NUMERICS,
             started=time.time(),
         )
+        if fork := self._folder.read_fork():
+            try:
+                take_over(self._folder, RunFolder(fork.origin), plan)
+            except (OSError, RuntimeError, ValueError) as error:
+                logger.warning("task %d: not all points can be taken over: %s", index, error)
         self._folder.write_plan(plan)
         return plan
 
@@ -496,13 +509,36 @@ class Runner:
         )
 
 
+def take_over(folder: RunFolder, origin: RunFolder, plan: TaskPlan) -> int:
+    """Copies what another run has trained and scanned of a task's points, where their keys are the same.
+
+    Returns:
+        How many points that are.
+    """
+    theirs = origin.read_plan(plan.task)
+    places = {} if theirs is None else dict(zip(theirs.keys, theirs.points, strict=True))
+    taken = 0
+    for point, key in zip(plan.points, plan.keys, strict=True):
+        record = origin.read_point(plan.task, places[key].name) if key in places else None
+        if record is None or record.status != "done" or folder.read_point(plan.task, point.name) is not None:
+            continue
+        trained = origin.read_trained(plan.task, record)
+        for scan in origin.read_scans(plan.task, record.point.index):
+            if scan.round == 0:
+                folder.write_scan(plan.task, replace(scan, point=point.index))
+        folder.write_point(plan.task, replace(record, point=point, origin=origin.uri), trained)
+        taken += 1
+    return taken
+
+
 def reused_point(folder: RunFolder, sweep: Sweep, index: int) -> Point | None:
     """What the first task chose, if the task at `index` shall reuse it; found anew from that task's records."""
     if index == 0 or sweep.search.tasks == "every":
         return None
     first = folder.read_plan(0)
     assert first is not None, "task 0 is committed"
-    return first.points[recorded_choice(folder, first, sweep.forgetting).choice.chosen]
+    rules = sweep_at(folder, sweep, first).forgetting
+    return first.points[recorded_choice(folder, first, rules).choice.chosen]
 
 
 def selected(point: Point, scan: ScanRecord) -> Selected:

@@ -31,6 +31,7 @@ from pydantic import TypeAdapter
 from clnp_search.errors import InputError
 from clnp_search.records import (
     CurveStep,
+    Fork,
     Holder,
     PointRecord,
     ScanRecord,
@@ -66,6 +67,11 @@ class RunFolder:
     def name(self) -> str:
         """The run's name."""
         return self._root.rstrip("/").rsplit("/", 1)[-1]
+
+    @property
+    def storage(self) -> str:
+        """The URI of the folder that holds this run and its siblings."""
+        return self.uri.rstrip("/").rpartition("/")[0]
 
     @property
     def local_path(self) -> Path | None:
@@ -175,6 +181,20 @@ class RunFolder:
         """The run's summary, or None before the first task began."""
         return self._read_record("summary.json", Summary)
 
+    def write_fork(self, fork: Fork) -> None:
+        """Records which run this one has branched off from."""
+        self.write("fork.json", _to_json(fork))
+
+    def read_fork(self) -> Fork | None:
+        """Which run this one has branched off from, or None."""
+        return self._read_record("fork.json", Fork)
+
+    def copy_task(self, other: RunFolder, task: int) -> None:
+        """Copies all that another run has recorded of a task, its result last."""
+        last = f"{_task(task)}/result.json"
+        for path in (*(path for path in other._list(_task(task), recursive=True) if path != last), last):
+            self.write(path, other.read(path))
+
     def write_lease(self, holder: Holder) -> None:
         """Records who drives the run."""
         self.write("lease.json", _to_json(holder))
@@ -281,6 +301,13 @@ class RunFolder:
         """A point's threshold scan by a rule and a limit, after a fine-tune round or before any, or None."""
         return self._read_record(_scan(task, point, rule, min_correct, round), ScanRecord)
 
+    def read_scans(self, task: int, point: int) -> tuple[ScanRecord, ...]:
+        """All threshold scans of a point."""
+        paths = (
+            path for path in self._list(f"{_task(task)}/scans") if path.rpartition("/")[2].startswith(f"{point:03d}-")
+        )
+        return tuple(record for path in paths if (record := self._read_record(path, ScanRecord)) is not None)
+
     def write_selection(self, task: int, selection: Selection) -> None:
         """Records a task's choice with its reasons."""
         self.write(f"{_task(task)}/selection.json", _to_json(selection))
@@ -362,10 +389,11 @@ class RunFolder:
     def _at(self, path: str) -> str:
         return f"{self._root}/{path}" if path else self._root
 
-    def _list(self, path: str) -> tuple[str, ...]:
+    def _list(self, path: str, recursive: bool = False) -> tuple[str, ...]:
         """Paths of the files in a folder, sorted; none if the folder is not there."""
-        infos = self._filesystem.get_file_info(pyarrow.fs.FileSelector(self._at(path), allow_not_found=True))
-        names = (info.base_name for info in infos if info.is_file and not info.base_name.endswith(".tmp"))
+        infos = self._filesystem.get_file_info(pyarrow.fs.FileSelector(self._at(path), True, recursive))
+        start = len(self._at(path))
+        names = (info.path[start + 1 :] for info in infos if info.is_file and not info.base_name.endswith(".tmp"))
         return tuple(f"{path}/{name}" for name in sorted(names))
 
     def _read_tensors(self, path: str, sha256: str, parse: Callable[[bytes], T]) -> T:

@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from clnp_search.agreement import Chosen, check_commit, recorded_choice
+from clnp_search.agreement import Chosen, check_commit, recorded_choice, sweep_at
 from clnp_search.clnp.state import FreeParameters, State, commit
 from clnp_search.clnp.subnetwork import Subnetwork
 from clnp_search.config import sweep_of
@@ -139,10 +139,11 @@ class _Proof:
             raise ValueError("; ".join(faults))
 
     def _plan(self, task: int, parent: str) -> TaskPlan:
-        sweep, layers = self._sequence.sweep, self._empty.graph.layers
+        layers = self._empty.graph.layers
         plan = self._sequence.read_plan(self._folder, task, parent)
         if plan is None:
             raise ValueError("plan.json is missing")
+        sweep = sweep_at(self._folder, self._sequence.sweep, plan)
         if plan.points != grid(sweep, reused_point(self._folder, sweep, task), layers):
             raise ValueError("its points are not the sweep's grid")
         return plan
@@ -150,7 +151,7 @@ class _Proof:
     def _choice(self, plan: TaskPlan) -> tuple[FreeParameters, Chosen]:
         """The parameters that a task kept, and how they were chosen."""
         result = self._results[plan.task]
-        chosen = recorded_choice(self._folder, plan, self._sequence.sweep.forgetting)
+        chosen = recorded_choice(self._folder, plan, sweep_at(self._folder, self._sequence.sweep, plan).forgetting)
         records, choice, scan = chosen.records, chosen.choice, chosen.scan
         for record in records:
             if record.status == "done":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 # Before ray and mlflow are imported by anything.
@@ -12,6 +13,9 @@ os.environ.setdefault("DO_NOT_TRACK", "true")
 
 import pytest
 import torch
+from in_process import SWEEP, run_in_process
+
+from clnp_search.storage import RunFolder, run_folder
 
 torch.set_num_threads(1)
 
@@ -31,3 +35,19 @@ def shared_data() -> Path:
     if not path.is_dir():
         pytest.skip(f"the shared image sets are not at {path}")
     return path
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """A finished run of `in_process.SWEEP`."""
+    folder = run_folder(str(tmp_path_factory.mktemp("runs")), "whole")
+    run_in_process(SWEEP, folder)
+    return folder
+
+
+@pytest.fixture
+def copy(whole: RunFolder, tmp_path: Path) -> RunFolder:
+    """A copy of it, to go on with or to damage."""
+    assert whole.local_path is not None
+    shutil.copytree(whole.local_path, tmp_path / "whole")
+    return run_folder(str(tmp_path), "whole")

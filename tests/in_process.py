@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from builders import make_sweep
+
 from clnp_search.clnp.state import State
 from clnp_search.config import Sweep
 from clnp_search.records import PackProgress, Point, ScanRecord, Summary, TaskPlan
@@ -12,6 +14,22 @@ from clnp_search.search.capacity import Capacity
 from clnp_search.search.trial import RunInputs, TaskInputs, run_pack, scan_point
 from clnp_search.sequence import Runner, TaskSequence
 from clnp_search.storage import RunFolder
+
+SECTIONS: dict[str, Any] = {
+    "scenario": {"name": "permuted_digits", "tasks": 2},
+    "network": {"hidden": [12, 8]},
+    "training": {"epochs": 3, "batch_size": 64},
+    "search": {"alpha": [1e-5, 1e-3], "learning_rate": 0.02},
+    "forgetting": {"margin": "3%"},
+}
+
+
+def make(**sections: Any) -> Sweep:
+    """The sweep of these tests, with some sections changed in part."""
+    return make_sweep(**(SECTIONS | {name: SECTIONS.get(name, {}) | values for name, values in sections.items()}))
+
+
+SWEEP = make()
 
 
 class InProcess:

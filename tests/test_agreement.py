@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import make_scan, make_sweep
-from in_process import InProcess, run_in_process
+from builders import make_scan
+from in_process import SWEEP, InProcess, make, run_in_process
 
 from clnp_search import sequence
 from clnp_search.agreement import check_commit, check_sweep
@@ -20,38 +19,6 @@ from clnp_search.records import ScanRecord, Units
 from clnp_search.sequence import Runner, TaskSequence
 from clnp_search.storage import RunFolder, run_folder
 from clnp_search.verification import verify
-
-SECTIONS: dict[str, Any] = {
-    "scenario": {"name": "permuted_digits", "tasks": 2},
-    "network": {"hidden": [12, 8]},
-    "training": {"epochs": 3, "batch_size": 64},
-    "search": {"alpha": [1e-5, 1e-3], "learning_rate": 0.02},
-    "forgetting": {"margin": "3%"},
-}
-
-
-def make(**sections: Any) -> Sweep:
-    """The sweep of these tests, with some sections changed in part."""
-    return make_sweep(**(SECTIONS | {name: SECTIONS.get(name, {}) | values for name, values in sections.items()}))
-
-
-SWEEP = make()
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    """A finished run."""
-    folder = run_folder(str(tmp_path_factory.mktemp("runs")), "run")
-    run_in_process(SWEEP, folder)
-    return folder
-
-
-@pytest.fixture
-def copy(whole: RunFolder, tmp_path: Path) -> RunFolder:
-    """A copy of it."""
-    assert whole.local_path is not None
-    shutil.copytree(whole.local_path, tmp_path / "run")
-    return run_folder(str(tmp_path), "run")
 
 
 @pytest.fixture

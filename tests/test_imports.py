@@ -17,7 +17,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 LEVELS = [
     {"__main__", "api"},
     {"cli"},
-    {"verification", "planning"},
+    {"verification", "planning", "branching"},
     {"sequence"},
     {"agreement", "listener"},
     {"search", "selection", "tracking", "report", "progress"},

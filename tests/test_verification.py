@@ -3,43 +3,17 @@
 from __future__ import annotations
 
 import random
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from builders import make_sweep
-from in_process import run_in_process
+from in_process import SWEEP
 
 from clnp_search.errors import InputError
 from clnp_search.records import TaskResult, summarise
 from clnp_search.storage import RunFolder, run_folder
 from clnp_search.verification import Check, verify
-
-SWEEP = make_sweep(
-    scenario={"name": "permuted_digits", "tasks": 2},
-    network={"hidden": [12, 8]},
-    training={"epochs": 3, "batch_size": 64},
-    search={"alpha": [1e-5, 1e-3], "learning_rate": 0.02},
-    forgetting={"margin": "3%"},
-)
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    """A finished run."""
-    folder = run_folder(str(tmp_path_factory.mktemp("runs")), "whole")
-    run_in_process(SWEEP, folder)
-    return folder
-
-
-@pytest.fixture
-def copy(whole: RunFolder, tmp_path: Path) -> RunFolder:
-    """A copy of it, to be damaged."""
-    assert whole.local_path is not None
-    shutil.copytree(whole.local_path, tmp_path / "whole")
-    return run_folder(str(tmp_path), "whole")
 
 
 def failed(folder: RunFolder) -> list[Check]:

@@ -18,10 +18,9 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
-from rich.table import Table
 from typer.exceptions import TyperException
 
-from clnp_search.cli.console import DONE, FAILED, INPUT_WRONG, INTERRUPTED, as_typed, err, out, print_json
+from clnp_search.cli.console import DONE, FAILED, INPUT_WRONG, INTERRUPTED, as_typed, count, err, out, print_json
 from clnp_search.cli.models import evaluate, export, verify
 from clnp_search.cli.network import network
 from clnp_search.cli.options import (
@@ -39,6 +38,7 @@ from clnp_search.cli.options import (
     run_of,
 )
 from clnp_search.cli.report import report
+from clnp_search.cli.reselect import reselect
 from clnp_search.cli.runs import compare, print_failed, runs, status
 from clnp_search.cli.server import ui
 from clnp_search.cli.sweeps import plan, schema
@@ -154,6 +154,39 @@ def resume(
     _execute(located(sweep, None, tracking_uri), folder, address, as_json, retry_failed)
 
 
+def fork(
+    run: Run,
+    after_task: Annotated[
+        int, typer.Option("--after-task", metavar="K", min=0, help="The last shared task.", show_default=False)
+    ],
+    name: Annotated[str, typer.Option("--name", help="Name of the new run folder.", show_default=False)],
+    overrides: Overrides = None,
+    storage: Storage = "runs/",
+    tracking_uri: TrackingUri = None,
+    address: Address = "local",
+    as_json: AsJson = False,
+) -> None:
+    """Run the tasks after task K anew with other settings, e.g. --set forgetting.margin=1%.
+
+    Tasks 0 to K are shared; grid points that were trained with the same settings on the same state are taken over.
+    """
+    from clnp_search.branching import fork as begin
+    from clnp_search.branching import points_taken_over
+    from clnp_search.storage import run_folder
+
+    recorded, origin = open_named(run, storage)
+    sweep = located(recorded.overridden(overrides or []), origin.storage, tracking_uri)
+    folder = run_folder(origin.storage, name)
+    begin(origin, sweep, after_task, folder)
+    summary = drive(sweep, folder, address)
+    taken, trained = points_taken_over(folder)
+    if as_json:
+        print_json(asdict(summary) | {"points_taken_over": taken, "points_trained": trained})
+        return
+    _report(summary, folder, sweep)
+    out.print(f"{count(taken, 'point')} taken over from {origin.name}, {trained} trained", highlight=False)
+
+
 def submit(
     sweep_file: SweepFile,
     address: Annotated[
@@ -185,6 +218,8 @@ def submit(
 for command in (
     run,
     resume,
+    reselect,
+    fork,
     plan,
     network,
     status,
@@ -202,7 +237,6 @@ for command in (
 
 
 def _execute(sweep: Sweep, folder: RunFolder, address: str, as_json: bool, retry_failed: bool = False) -> None:
-    from clnp_search.cli.view import summary_line, summary_table
     from clnp_search.progress import failed_points
 
     summary = drive(sweep, folder, address, retry_failed)
@@ -210,7 +244,7 @@ def _execute(sweep: Sweep, folder: RunFolder, address: str, as_json: bool, retry
     if as_json:
         print_json(asdict(summary) | {"failed_points": [asdict(each) for each in failed]})
         return
-    _print_end(summary, folder, sweep, summary_table(summary), summary_line(summary))
+    _report(summary, folder, sweep)
     print_failed(failed)
 
 
@@ -291,9 +325,12 @@ def _load(sweep: Sweep) -> TaskSequence:
     return TaskSequence(sweep)
 
 
-def _print_end(summary: Summary, folder: RunFolder, sweep: Sweep, table: Table, line: str) -> None:
-    out.print(table)
-    out.print(line)
+def _report(summary: Summary, folder: RunFolder, sweep: Sweep) -> None:
+    """Prints how a run has ended, and what can be done with it."""
+    from clnp_search.cli.view import summary_line, summary_table
+
+    out.print(summary_table(summary))
+    out.print(summary_line(summary))
     full = [name for name, units in summary.tasks[-1].units.items() if units.free == 0]
     if full:
         out.print(f"[yellow]No free unit is left in {', '.join(full)}[/]: later tasks have only what is there.")

@@ -1,0 +1,144 @@
+"""Choices made again, and runs that branch off from others: `reselect` and `fork`.
+
+The margin, the threshold rule and the measure of sparsity act after training. So what others would have chosen follows
+from what is recorded, and a run that goes on with them shares all tasks before, and every point whose key is the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from clnp_search import selection
+from clnp_search.agreement import recorded_choice, sweep_at
+from clnp_search.config import FORKED_SECTIONS, ForgettingConfig, Sweep, sweep_of
+from clnp_search.errors import InputError
+from clnp_search.records import Fork, PointRecord, ScanRecord, Selection
+from clnp_search.search.points import grid
+from clnp_search.search.trial import TaskInputs, scan_point
+from clnp_search.sequence import TaskSequence
+from clnp_search.storage import RunFolder
+
+
+@dataclass(frozen=True)
+class Reselected:
+    """What a task would have chosen by other rules.
+
+    Args:
+        records: All points of the task.
+        scans: Of the candidates.
+        choice: By the rules that were asked for.
+        recorded: The choice that the run has made.
+        evaluated: How many scans were made for it; the others were recorded already.
+    """
+
+    records: list[PointRecord]
+    scans: list[ScanRecord]
+    choice: Selection
+    recorded: Selection
+    evaluated: int
+
+
+def reselect(
+    folder: RunFolder,
+    sweep: Sweep,
+    task: int,
+    rules: ForgettingConfig,
+    listen: Callable[[int, int], None] = lambda done, total: None,
+) -> Reselected:
+    """What a committed task would have chosen by other rules; trains nothing, and changes no choice.
+
+    Scans that are missing are evaluated on this machine, and recorded.
+
+    Args:
+        rules: Margin, threshold rule and sparsity; the rounds of fine-tuning must be the run's.
+        listen: Is told how many of how many missing scans are done.
+
+    Raises:
+        InputError: The task is not committed, or was fine-tuned, so that other rules need other training.
+        RuntimeError: A record is missing, or no candidate stays inside the margin.
+    """
+    plan = folder.read_plan(task)
+    if plan is None or task >= len(folder.read_results()):
+        raise InputError(f"{folder.uri}: task {task} is not committed")
+    own = sweep_at(folder, sweep, plan).forgetting
+    made = recorded_choice(folder, plan, own)
+    if own.finetune_rounds:
+        if rules != own.model_copy(update={"sparsity": rules.sparsity}):
+            raise InputError(
+                f"{folder.uri}: task {task} was fine-tuned: with another margin or threshold rule it would have been "
+                "trained otherwise; only --sparsity can be chosen again, for the rest use `clnp-search fork`"
+            )
+        choice = selection.choose(made.records, made.scans, rules.margin, rules.sparsity)
+        return Reselected(made.records, made.scans, choice, made.choice, 0)
+    limit, inside = selection.candidates(made.records, rules.margin)
+    recorded = {
+        record.point: scan
+        for record in inside
+        if (scan := folder.read_scan(task, record.point.index, rules.theta, limit)) is not None
+        and scan.is_of(record, rules.theta, limit)
+    }
+    missing = [record.point for record in inside if record.point not in recorded]
+    if missing:
+        sequence = TaskSequence(sweep)
+        state = sequence.start_of(task, folder.read_state(task - 1)) if task else sequence.empty_state()
+        inputs = TaskInputs(sequence.run_inputs(folder), plan, state)
+        for done, point in enumerate(missing):
+            listen(done, len(missing))
+            recorded[point] = scan_point(inputs, point, limit, rules.theta)
+            folder.write_scan(task, recorded[point])
+    scans = [recorded[record.point] for record in inside]
+    choice = selection.choose(made.records, scans, rules.margin, rules.sparsity)
+    return Reselected(made.records, scans, choice, made.choice, len(missing))
+
+
+def fork(origin: RunFolder, sweep: Sweep, after_task: int, folder: RunFolder) -> None:
+    """Begins a run that shares the tasks up to `after_task` with another one; `Runner` goes on with it.
+
+    Args:
+        origin: The run that it branches off from.
+        sweep: The new run's settings.
+        folder: Of the new run.
+
+    Raises:
+        InputError: The task is not committed, the run exists, or its settings would change what is shared; nothing was
+            written.
+    """
+    results = origin.read_results()
+    if not 0 <= after_task < len(results):
+        allowed = f"0 to {len(results) - 1}" if results else "none yet"
+        raise InputError(f"--after-task {after_task}: not committed; allowed: {allowed}")
+    if folder.exists("sweep.yaml"):
+        raise InputError(f"{folder.uri}: there is a run of that name already; resume it, or take another --name")
+    changed = sweep.differing([sweep_of(origin)])
+    kept = [
+        f"  {key}: {new} here, {old} there"
+        for key, (new, old) in changed.items()
+        if key.partition(".")[0] not in FORKED_SECTIONS and (key != "scenario.tasks" or key in sweep.settings)
+    ]
+    if kept:
+        listed = "\n".join(kept)
+        raise InputError(
+            f"the tasks so far would be others with these settings:\n{listed}\n"
+            f"A fork may change {', '.join(FORKED_SECTIONS)}, and the number of tasks where the tasks stay the same."
+        )
+    if sweep.scenario.tasks is not None and sweep.scenario.tasks <= after_task:
+        raise InputError(f"scenario.tasks: {sweep.scenario.tasks} is fewer than the tasks that are shared")
+    grid(sweep, None, origin.read_state(after_task).graph.layers)  # whose alphas must fit
+    folder.require_writable()
+    for task in range(after_task + 1):
+        folder.copy_task(origin, task)
+    folder.write_fork(Fork(origin.uri, after_task))
+    folder.write_sweep(sweep.to_yaml())  # last: with it, it is a run
+
+
+def points_taken_over(folder: RunFolder) -> tuple[int, int]:
+    """Points of a fork's own tasks that were taken over from its origin, and that were trained."""
+    branch = folder.read_fork()
+    first = 0 if branch is None else branch.after_task + 1
+    taken = trained = 0
+    task = first
+    while folder.read_plan(task) is not None:
+        origins = [bool(record.origin) for record in folder.read_points(task)]
+        taken, trained, task = taken + sum(origins), trained + len(origins) - sum(origins), task + 1
+    return taken, trained

@@ -1,0 +1,197 @@
+"""Choices made again, and runs that branch off: what is shared is not trained again, and still proven."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+from in_process import SWEEP, make, run_in_process
+
+from clnp_search.branching import fork, points_taken_over, reselect
+from clnp_search.config import Sweep
+from clnp_search.errors import InputError
+from clnp_search.records import PointRecord
+from clnp_search.search import trial
+from clnp_search.storage import RunFolder, run_folder
+from clnp_search.verification import verify
+
+
+@pytest.fixture
+def new(copy: RunFolder) -> RunFolder:
+    """A folder for a run beside the copy."""
+    return run_folder(copy.storage, "new")
+
+
+def ids(records: list[PointRecord]) -> list[int]:
+    return [record.point.index for record in records]
+
+
+# Choosing again
+
+
+def test_the_runs_own_rules_choose_what_the_run_has_chosen(copy: RunFolder) -> None:
+    for task in range(2):
+        found = reselect(copy, SWEEP, task, SWEEP.forgetting)
+        assert found.choice == found.recorded == copy.read_selection(task)
+        assert found.evaluated == 0
+
+
+@pytest.mark.parametrize("task", [0, 1])
+@pytest.mark.parametrize("changes", [{"margin": 0.2}, {"theta": "per_layer"}, {"sparsity": "weights", "margin": 0.0}])
+def test_other_rules_choose_what_a_run_by_them_does(
+    copy: RunFolder, new: RunFolder, task: int, changes: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = make(forgetting=changes)
+    if task:
+        fork(copy, other, 0, new)
+    run_in_process(other, new)
+    monkeypatch.setattr(trial, "Training", None)  # nothing is trained
+    found = reselect(copy, SWEEP, task, other.forgetting)
+    assert found.choice == new.read_selection(task)
+    assert [replace(scan, seconds=0.0) for scan in found.scans] == [
+        replace(scan, seconds=0.0)
+        for point in found.choice.candidates
+        if (scan := new.read_scan(task, point, other.forgetting.theta, found.choice.min_correct)) is not None
+    ]
+    assert found.recorded == copy.read_selection(task)
+
+
+def test_scans_that_were_made_for_it_are_kept(copy: RunFolder) -> None:
+    rules = make(forgetting={"margin": "20%"}).forgetting
+    seen = list[tuple[int, int]]()
+    first = reselect(copy, SWEEP, 1, rules, lambda done, total: seen.append((done, total)))
+    assert first.evaluated == len(first.scans) == len(seen) > 0
+    again = reselect(copy, SWEEP, 1, rules)
+    assert (again.evaluated, again.scans) == (0, first.scans)
+    assert all(check.passed for check in verify(copy))
+
+
+def test_a_task_that_is_not_committed_is_refused(copy: RunFolder) -> None:
+    with pytest.raises(InputError, match="task 2 is not committed"):
+        reselect(copy, SWEEP, 2, SWEEP.forgetting)
+
+
+def test_after_fine_tuning_the_measure_alone_can_be_chosen_again(new: RunFolder) -> None:
+    sweep = make(scenario={"tasks": 1}, forgetting={"margin": "10%", "finetune_rounds": 1, "finetune_epochs": 1})
+    run_in_process(sweep, new)
+    found = reselect(new, sweep, 0, sweep.forgetting.model_copy(update={"sparsity": "weights"}))
+    assert found.evaluated == 0
+    assert "(weights)" in found.choice.reasons[2]
+    with pytest.raises(InputError, match="was fine-tuned"):
+        reselect(new, sweep, 0, sweep.forgetting.model_copy(update={"margin": 0.2}))
+
+
+# Branching off
+
+
+def test_a_fork_with_the_same_settings_trains_nothing_and_ends_the_same(
+    copy: RunFolder, new: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fork(copy, SWEEP, 0, new)
+    monkeypatch.setattr(trial, "Training", None)
+    monkeypatch.setattr(trial, "scan", None)
+    summary = run_in_process(SWEEP, new)
+    assert summary.state_digest == copy.read_results()[-1].state_digest
+    assert points_taken_over(new) == (2, 0)
+    assert all(check.passed for check in verify(new))
+
+
+@pytest.mark.parametrize("after_task", [0, 1])
+def test_a_fork_shares_its_first_tasks_to_the_byte(copy: RunFolder, new: RunFolder, after_task: int) -> None:
+    fork(copy, make(forgetting={"margin": "1%"}), after_task, new)
+    for task in range(after_task + 1):
+        theirs, mine = (
+            {
+                path.relative_to(folder.local_path): path.read_bytes()
+                for path in folder.local_path.glob(f"tasks/{task:03d}/**/*.*")
+            }
+            for folder in (copy, new)
+            if folder.local_path is not None
+        )
+        assert mine == theirs
+        assert mine
+    assert len(new.read_results()) == after_task + 1
+
+
+def test_an_overlapping_grid_trains_only_its_new_points(copy: RunFolder, new: RunFolder) -> None:
+    wider = make(search={"alpha": [1e-4, 1e-3, 1e-5]})
+    fork(copy, wider, 0, new)
+    run_in_process(wider, new)
+    assert points_taken_over(new) == (2, 1)
+    records = [record for record in new.read_points(1) if record.origin]
+    assert [(record.point.index, record.origin) for record in records] == [(1, copy.uri), (2, copy.uri)]
+    for record in records:
+        theirs = copy.read_point(1, {1: "p001", 2: "p000"}[record.point.index])
+        assert theirs is not None
+        assert (record.key, record.parameters_sha256) == (theirs.key, theirs.parameters_sha256)
+    assert all(check.passed for check in verify(new))
+
+
+def test_a_fork_of_a_fork_keeps_the_settings_of_both(copy: RunFolder, new: RunFolder) -> None:
+    second = make(scenario={"tasks": 3}, forgetting={"margin": "10%"})
+    fork(copy, second, 0, new)
+    run_in_process(second, new)
+    third = make(scenario={"tasks": 3}, forgetting={"margin": "1%"}, training={"epochs": 2})
+    newest = run_folder(copy.storage, "newest")
+    fork(new, third, 1, newest)
+    summary = run_in_process(third, newest)
+    assert [result.margin for result in summary.tasks] == [0.03, 0.1, 0.01]
+    assert points_taken_over(newest) == (0, 2)
+    assert all(check.passed for check in verify(newest))
+
+
+def test_a_fork_goes_on_without_the_run_that_it_came_from(copy: RunFolder, new: RunFolder) -> None:
+    fork(copy, SWEEP, 0, new)
+    assert copy.local_path is not None
+    copy.local_path.rename(copy.local_path.with_name("moved"))
+    assert run_in_process(SWEEP, new).status == "complete"
+    assert points_taken_over(new) == (0, 2)
+
+
+def test_a_damaged_point_is_trained_instead_of_taken_over(
+    copy: RunFolder, new: RunFolder, caplog: pytest.LogCaptureFixture
+) -> None:
+    undisturbed = copy.read_results()[-1].state_digest
+    copy.write("tasks/001/points/p000.safetensors", b"damaged")
+    fork(copy, SWEEP, 0, new)
+    assert run_in_process(SWEEP, new).state_digest == undisturbed
+    assert points_taken_over(new)[1] > 0
+    assert "p000.safetensors: damaged" in caplog.text
+
+
+def set_seed(sweep: Sweep) -> Sweep:
+    return sweep.model_copy(update={"seed": 1})
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (set_seed, "seed: 1 here, 0 there"),
+        (lambda _: make(network={"hidden": [12, 9]}), r"network.hidden: \[12, 9\] here"),
+        (lambda _: make(scenario={"validation": 200}), "scenario.validation: 200 here"),
+        (lambda _: make(scenario={"tasks": 1}), "scenario.tasks: 1 is fewer"),
+        (lambda _: make(search={"alpha": [[1.0, 1.0]]}), "search.alpha"),
+    ],
+)
+def test_what_would_change_the_shared_tasks_is_refused_and_nothing_is_written(
+    copy: RunFolder, new: RunFolder, change: Callable[[Sweep], Sweep], match: str
+) -> None:
+    with pytest.raises(InputError, match=match):
+        fork(copy, change(SWEEP), 1, new)
+    assert not new.exists()
+
+
+def test_a_task_that_is_not_there_or_a_name_that_is_taken_is_refused(copy: RunFolder, new: RunFolder) -> None:
+    with pytest.raises(InputError, match="--after-task 2: not committed; allowed: 0 to 1"):
+        fork(copy, SWEEP, 2, new)
+    fork(copy, SWEEP, 0, new)
+    with pytest.raises(InputError, match="there is a run of that name already"):
+        fork(copy, SWEEP, 0, new)
+
+
+def test_a_setting_of_a_shared_task_that_was_changed_by_hand_is_found(copy: RunFolder, new: RunFolder) -> None:
+    fork(copy, SWEEP, 0, new)
+    new.write_sweep(make(network={"hidden": [12, 8], "activation": "tanh"}).to_yaml())
+    with pytest.raises(InputError, match=r"network\.activation"):
+        run_in_process(make(network={"hidden": [12, 8], "activation": "tanh"}), new)
