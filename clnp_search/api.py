@@ -219,6 +219,10 @@ def run(
         sweep = load_sweep(Path(sweep))
     elif isinstance(sweep, Mapping):
         sweep = parse_sweep(dict(sweep), "sweep")
+    if len(sweep.members("")) > 1:
+        raise InputError(
+            "margins and repetitions ask for several sequences: run each of `sweep.members(name)`, by its name"
+        )
     sweep, folder = run_of(located(sweep, storage, tracking_uri), name)
     with _signals_restored():
         drive(sweep, folder, address)

@@ -97,6 +97,7 @@ def fork(origin: RunFolder, sweep: Sweep, after_task: int, folder: RunFolder) ->
 
     Args:
         origin: The run that it branches off from.
+        after_task: -1 shares no task, but takes over points all the same.
         sweep: The new run's settings.
         folder: Of the new run.
 
@@ -105,12 +106,12 @@ def fork(origin: RunFolder, sweep: Sweep, after_task: int, folder: RunFolder) ->
             written.
     """
     results = origin.read_results()
-    if not 0 <= after_task < len(results):
-        allowed = f"0 to {len(results) - 1}" if results else "none yet"
+    if not -1 <= after_task < len(results):
+        allowed = f"-1 to {len(results) - 1}" if results else "-1 (no task is committed yet)"
         raise InputError(f"--after-task {after_task}: not committed; allowed: {allowed}")
     if folder.exists("sweep.yaml"):
         raise InputError(f"{folder.uri}: there is a run of that name already; resume it, or take another --name")
-    changed = sweep.differing([sweep_of(origin)])
+    changed = sweep.differing([sweep_of(origin)]) if after_task >= 0 else {}
     kept = [
         f"  {key}: {new} here, {old} there"
         for key, (new, old) in changed.items()
@@ -124,7 +125,8 @@ def fork(origin: RunFolder, sweep: Sweep, after_task: int, folder: RunFolder) ->
         )
     if sweep.scenario.tasks is not None and sweep.scenario.tasks <= after_task:
         raise InputError(f"scenario.tasks: {sweep.scenario.tasks} is fewer than the tasks that are shared")
-    grid(sweep, None, origin.read_state(after_task).graph.layers)  # whose alphas must fit
+    if after_task >= 0:
+        grid(sweep, None, origin.read_state(after_task).graph.layers)  # whose alphas must fit
     folder.require_writable()
     for task in range(after_task + 1):
         folder.copy_task(origin, task)

@@ -101,6 +101,17 @@ def _check_scenario(name: str) -> str:
     return name
 
 
+def _list_or_none(item: Any) -> BeforeValidator:
+    """Takes a list of different values, which may be empty."""
+
+    def checked(value: Any) -> Any:
+        if isinstance(value, list | tuple) and len({str(each) for each in value}) < len(value):
+            raise ValueError("a value is there twice")
+        return value
+
+    return BeforeValidator(checked, json_schema_input_type=tuple[item, ...])
+
+
 def _list_or_one(item: Any) -> BeforeValidator:
     """Takes a single value for a list of one."""
 
@@ -477,6 +488,10 @@ class Sweep(_Section):
     """Name of the run and of the MLflow experiment. Default: the file's name."""
     seed: Annotated[int, Field(strict=True, ge=0, lt=2**63)] = 0
     """Of everything random: splits, permutations, initial weights, data order."""
+    repetitions: PositiveCount = 1
+    """A sequence for each of so many seeds, from `seed` on; see also `margins`."""
+    margins: Annotated[tuple[Margin, ...], _list_or_none(Margin)] = ()
+    """A sequence for each of these margins, instead of the one of `forgetting`; what they share is trained once."""
     scenario: ScenarioConfig
     network: NetworkConfig
     head: HeadConfig = HeadConfig()
@@ -490,6 +505,22 @@ class Sweep(_Section):
     tracking: TrackingConfig = TrackingConfig()
     modules: Annotated[tuple[Text, ...], _list_or_one(Text)] = (".",)
     """Folders where your own modules lie, if they are not installed. Default: the sweep file's, and the current one."""
+
+    def members(self, name: str) -> dict[str, Sweep]:
+        """The sequences that this sweep asks for, by the names of their runs; itself if it asks for one.
+
+        Args:
+            name: What the names begin with: `NAME-m1-s0` is of margin 1% and seed 0.
+        """
+        found = {}
+        for seed in range(self.seed, self.seed + self.repetitions):
+            for margin in self.margins or (self.forgetting.margin,):
+                suffix = f"-m{100 * margin:g}" if self.margins else ""
+                suffix += f"-s{seed}" if self.repetitions > 1 else ""
+                forgetting = self.forgetting.model_copy(update={"margin": margin})
+                update = {"seed": seed, "repetitions": 1, "margins": (), "forgetting": forgetting}
+                found[name + suffix] = self.model_copy(update=update)
+        return found
 
     def load_scenario(self) -> Scenario:
         """The tasks and their data.

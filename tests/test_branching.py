@@ -183,7 +183,7 @@ def test_what_would_change_the_shared_tasks_is_refused_and_nothing_is_written(
 
 
 def test_a_task_that_is_not_there_or_a_name_that_is_taken_is_refused(copy: RunFolder, new: RunFolder) -> None:
-    with pytest.raises(InputError, match="--after-task 2: not committed; allowed: 0 to 1"):
+    with pytest.raises(InputError, match="--after-task 2: not committed; allowed: -1 to 1"):
         fork(copy, SWEEP, 2, new)
     fork(copy, SWEEP, 0, new)
     with pytest.raises(InputError, match="there is a run of that name already"):

@@ -692,3 +692,24 @@ def test_alphas_that_do_not_fit_the_layers_are_all_named() -> None:
 def test_patterns_for_a_network_of_ours_are_checked_with_the_file(tmp_path: Path) -> None:
     text = f"{SMALLEST}search: {{alpha: {{'conv*': 1, '*': 2}}}}\n"
     assert faults(tmp_path, text)[1:] == ["search.alpha[0]: 'conv*' matches no layer; there are hidden0, hidden1, head"]
+
+
+def test_a_sweep_of_margins_and_repetitions_is_a_sequence_for_each() -> None:
+    sweep = make_sweep(seed=3, repetitions=2, margins=["1%", 0.0005])
+    members = sweep.members("run")
+    assert list(members) == ["run-m1-s3", "run-m0.05-s3", "run-m1-s4", "run-m0.05-s4"]
+    assert [(each.seed, each.forgetting.margin) for each in members.values()] == [
+        (3, 0.01),
+        (3, 0.0005),
+        (4, 0.01),
+        (4, 0.0005),
+    ]
+    assert all(each.members("one") == {"one": each} for each in members.values())
+    assert list(make_sweep(repetitions=2).members("run")) == ["run-s0", "run-s1"]
+    assert list(make_sweep(margins=["2%"]).members("run")) == ["run-m2"]
+
+
+@pytest.mark.parametrize("values", [{"margins": ["1%", "1%"]}, {"margins": ["120%"]}, {"repetitions": 0}])
+def test_margins_and_repetitions_that_are_none_are_named(values: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=next(iter(values))):
+        make_sweep(**values)

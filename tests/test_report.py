@@ -47,6 +47,21 @@ def test_the_page_has_every_run_choice_reason_and_digest(both: Report) -> None:
     assert "clnp-search run sweep.yaml --name second" in text
 
 
+def test_runs_that_differ_in_their_seed_alone_have_a_mean_and_a_deviation(tmp_path: Path) -> None:
+    folders = []
+    for name, sweep in make_sweep(repetitions=2, margins=["1%", "2%"]).members("runs").items():
+        folders.append(run_folder(str(tmp_path), name))
+        list(write_run(folders[-1], sweep))
+        summary = folders[-1].read_summary()
+        assert summary is not None
+        accuracy = summary.average_test_accuracy + 0.02 * sweep.seed
+        folders[-1].write_summary(replace(summary, average_test_accuracy=accuracy))
+    written = report(folders)
+    text = " ".join(re.sub(r"<[^>]*>", " ", written.html).split())
+    assert "mean ± deviation of 2 seeds 1.00 0, 1 91.50 ± 1.41 0.00" in text
+    assert [row["margin"] for row in rows(written, "spread")] == ["0.01", "0.02"]
+
+
 def test_the_page_has_its_figures_inside_and_needs_no_other_file(both: Report) -> None:
     assert both.html.count("<svg") == 1 + 2 * (2 + 2 * 2)
     assert not re.findall(r"""(?:src|href)=["'](?!#|data:)""", both.html)

@@ -132,7 +132,22 @@ def run(
     from clnp_search.config import load_sweep
 
     sweep = located(load_sweep(sweep_file, overrides), storage, tracking_uri)
-    _execute(*run_of(sweep, name), address, as_json)
+    members = sweep.members(sweep.name if name is None else name)
+    if len(members) == 1:
+        _execute(*run_of(sweep, name), address, as_json)
+        return
+    from clnp_search.branching import fork as begin
+    from clnp_search.cli.runs import print_family
+
+    # All are checked before the first one begins.
+    runs = [run_of(member, member_name) for member_name, member in members.items()]
+    first: dict[int, RunFolder] = {}
+    for member, folder in runs:
+        origin = first.setdefault(member.seed, folder)
+        if origin is not folder and not folder.exists("sweep.yaml"):
+            begin(origin, member, -1, folder)  # so that it takes over what is the same
+        drive(member, folder, address)
+    print_family([folder for _, folder in runs], as_json)
 
 
 def resume(
@@ -157,7 +172,8 @@ def resume(
 def fork(
     run: Run,
     after_task: Annotated[
-        int, typer.Option("--after-task", metavar="K", min=0, help="The last shared task.", show_default=False)
+        int,
+        typer.Option("--after-task", metavar="K", min=-1, help="The last shared task; -1: none.", show_default=False),
     ],
     name: Annotated[str, typer.Option("--name", help="Name of the new run folder.", show_default=False)],
     overrides: Overrides = None,

@@ -11,7 +11,7 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from clnp_search.cli.console import count, err, out, print_json
+from clnp_search.cli.console import as_typed, count, err, out, print_json
 from clnp_search.cli.options import AsJson, Run, Storage
 from clnp_search.errors import InputError
 
@@ -106,7 +106,7 @@ def compare(
 ) -> None:
     """Compare runs: accuracy and free capacity, task after task."""
     from clnp_search.progress import progress_of
-    from clnp_search.report.comparison import comparison_csv, comparison_rows
+    from clnp_search.report.comparison import comparison_csv, comparison_rows, spread_rows
     from clnp_search.storage import open_run
 
     if figure_file and figure_file.suffix.lower() not in FIGURE_SUFFIXES:
@@ -119,6 +119,7 @@ def compare(
     summaries = dict(zip(labels, (progress.summary for _, progress in found), strict=True))
     if empty := [label for label, summary in summaries.items() if not summary.tasks]:
         raise InputError(f"compare: no task of {', '.join(empty)} is committed yet")
+    spread = spread_rows(dict(zip(labels, (progress.sweep for _, progress in found), strict=True)), summaries)
     cells = [_row(folder, progress) | {"name": label} for label, (folder, progress) in zip(labels, found, strict=True)]
     if csv_file:
         _write("--csv", csv_file, comparison_csv(summaries).encode())
@@ -128,7 +129,7 @@ def compare(
         figure = runs_compared([replace(summary, name=label) for label, summary in summaries.items()])
         _write("--figure", figure_file, to_svg(figure) if figure_file.suffix.lower() == ".svg" else to_png(figure))
     if as_json:
-        print_json({"runs": cells, "tasks": comparison_rows(summaries)})
+        print_json({"runs": cells, "spread": spread, "tasks": comparison_rows(summaries)})
         return
     table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
     table.add_column("")
@@ -147,6 +148,7 @@ def compare(
             texts.append(f"{summary.tasks[-1].test_accuracies[task]:.2%}" if done else "")
         table.add_row(f"task {task}, test accuracy now", *texts)
     out.print(table)
+    print_spread(spread)
     settings = [progress.sweep for _, progress in found]
     if different := settings[0].differing(settings[1:]):
         out.print("settings that differ:")
@@ -155,6 +157,54 @@ def compare(
     for file in (csv_file, figure_file):
         if file:
             err.print(f"written: {file}", highlight=False)
+
+
+def print_family(folders: Sequence[RunFolder], as_json: bool) -> None:
+    """Shows the sequences of one sweep beside one another, and their means over seeds."""
+    from clnp_search.branching import points_taken_over
+    from clnp_search.progress import progress_of
+    from clnp_search.report.comparison import spread_rows
+
+    found = {folder.name: (folder, progress_of(folder)) for folder in folders}
+    spread = spread_rows(
+        {name: progress.sweep for name, (_, progress) in found.items()},
+        {name: progress.summary for name, (_, progress) in found.items()},
+    )
+    rows = []
+    for folder, progress in found.values():
+        taken, trained = points_taken_over(folder)
+        rows.append(_row(folder, progress) | {"points_taken_over": taken, "points_trained": trained})
+    if as_json:
+        summaries = [asdict(progress.summary) for _, progress in found.values()]
+        print_json({"runs": rows, "spread": spread, "summaries": summaries})
+        return
+    table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
+    table.add_column("name")
+    for column in ("margin", "seed", "average accuracy", "free units", "points", "taken over"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        free = _shares(row["free_units"], row["units"])
+        shown = (f"{row['average_test_accuracy']:.2%}", free, row["points_trained"], row["points_taken_over"])
+        table.add_row(row["name"], f"{row['margin']:.6g}", str(row["seed"]), *map(str, shown))
+    out.print(table)
+    print_spread(spread)
+    out.print(f"compare them: `clnp-search report {' '.join(as_typed(folder) for folder in folders)}`", highlight=False)
+
+
+def print_spread(rows: Sequence[dict[str, Any]]) -> None:
+    """Says mean and standard deviation of runs that differ in their seed alone."""
+    for row in rows:
+        if len(row["runs"]) > 1:
+            accuracy, deviation, free, free_deviation = (
+                row[f"{name}_{figure}"]
+                for name in ("average_test_accuracy", "free_units")
+                for figure in ("mean", "deviation")
+            )
+            out.print(
+                f"margin {row['margin']:.6g}, {len(row['runs'])} seeds: average accuracy {100 * accuracy:.2f} "
+                f"± {100 * deviation:.2f}%, free units {free:.0f} ± {free_deviation:.0f}",
+                highlight=False,
+            )
 
 
 def print_failed(failed: Sequence[FailedPoint]) -> None:

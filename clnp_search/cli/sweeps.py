@@ -41,7 +41,10 @@ def plan(
     from clnp_search.search.capacity import local_capacity
     from clnp_search.sequence import TaskSequence
 
-    sweep, folder = run_of(located(load_sweep(sweep_file, overrides), storage, None), name)
+    family = located(load_sweep(sweep_file, overrides), storage, None)
+    members = family.members(family.name if name is None else name)
+    first, member = next(iter(members.items()))
+    sweep, folder = run_of(member, first)
     if address == "local":
         capacity = local_capacity(sweep.resources)
     else:
@@ -57,6 +60,7 @@ def plan(
     known = [task.seconds for task in found.tasks if task.seconds is not None]
     document: dict[str, Any] = {
         "run": folder.uri,
+        "sequences": list(members),
         "tasks": len(sequence),
         "tasks_done": len(found.done),
         "points_per_searched_task": len(sweep.search.alpha) * len(sweep.search.learning_rate),
@@ -82,6 +86,8 @@ def plan(
         f"[bold]{folder.name}[/]: {count(len(sequence), 'task')} of {sweep.scenario.name}, run folder {folder.uri}",
         highlight=False,
     )
+    if len(members) > 1:
+        out.print(f"the first of {len(members)} sequences: {', '.join(members)}", highlight=False)
     searched = count(document["points_per_searched_task"], "grid point")
     out.print(f"{count(len(found.done), 'task')} done; {searched} a searched task, {num_points} in all")
     if following is None:

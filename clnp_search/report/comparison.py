@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from collections.abc import Mapping
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
+from clnp_search.config import Sweep
 from clnp_search.records import Summary
 
 
@@ -35,6 +37,32 @@ def comparison_rows(summaries: Mapping[str, Summary]) -> list[dict[str, Any]]:
                     "seconds": result.seconds,
                 }
             )
+    return rows
+
+
+def spread_rows(sweeps: Mapping[str, Sweep], summaries: Mapping[str, Summary]) -> list[dict[str, Any]]:
+    """A row for each set of runs that differ in nothing but their seed: mean and standard deviation of their figures.
+
+    The deviation is the sample's; None of a single run.
+    """
+    families: dict[str, list[str]] = {}
+    for run, sweep in sweeps.items():
+        if summaries[run].tasks:
+            settings = sweep.settings | {"seed": None}
+            families.setdefault(json.dumps(settings, sort_keys=True, default=str), []).append(run)
+    rows = []
+    for runs in families.values():
+        figures = {
+            "average_test_accuracy": [summaries[run].average_test_accuracy for run in runs],
+            "max_forgetting": [summaries[run].max_forgetting for run in runs],
+            "free_units": [float(sum(each.free for each in summaries[run].tasks[-1].units.values())) for run in runs],
+        }
+        row: dict[str, Any] = {"margin": sweeps[runs[0]].forgetting.margin, "runs": runs}
+        row |= {"seeds": [summaries[run].seed for run in runs]}
+        for name, values in figures.items():
+            deviation = stdev(values) if len(values) > 1 else None
+            row |= {f"{name}_mean": fmean(values), f"{name}_deviation": deviation}
+        rows.append(row)
     return rows
 
 

@@ -18,6 +18,7 @@ from clnp_search.clnp.subnetwork import Subnetwork
 from clnp_search.config import Sweep, sweep_of
 from clnp_search.errors import InputError
 from clnp_search.records import TaskResult
+from clnp_search.report.comparison import spread_rows
 from clnp_search.report.figures import accuracy_matrix, draw_task, runs_compared, to_svg, units_grown
 from clnp_search.storage import RunFolder
 
@@ -40,7 +41,9 @@ def report(folders: Sequence[RunFolder]) -> Report:
     """
     counts = Counter(folder.name for folder in folders)
     runs = [_Run(folder, folder.name if counts[folder.name] == 1 else folder.uri) for folder in folders]
+    spread = spread_rows({run.name: run.sweep for run in runs}, {run.name: run.summary for run in runs})
     tables = {
+        "spread": spread,
         "runs": [run.row() for run in runs],
         "tasks": [row for run in runs for row in run.task_rows()],
         "accuracies": [row for run in runs for row in run.accuracy_rows()],
@@ -52,6 +55,7 @@ def report(folders: Sequence[RunFolder]) -> Report:
     environment.filters |= {"percent": _percent, "compact": _compact}
     html = environment.get_template("page.html.j2").render(
         runs=runs,
+        spread=spread,
         compared=_inline(runs_compared([run.summary for run in runs]), "compared"),
         version=version("clnp-search"),
     )

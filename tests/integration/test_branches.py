@@ -1,0 +1,38 @@
+"""Runs that share work with others, as commands: real Ray, real files."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+from command_line import Cli
+
+SHORT = ("--set", "scenario.tasks=2", "--set", "training.epochs=3", "--set", "tracking.uri=none")
+
+
+def test_a_fork_shares_a_task_and_trains_only_what_is_new(cli: Cli, finished: Path) -> None:
+    found = cli.json("reselect", "undisturbed", "--task", "1", "--margin", "20%")
+    assert [point["point"] for point in found["points"] if point["in_margin"]]
+    changes = ("--set", "forgetting.margin=20%", "--set", "search.learning_rate=[0.005,0.02]")
+    forked = cli.json("fork", "undisturbed", "--after-task", "0", "--name", "forked", *changes)
+    shared, *own = forked["tasks"]
+    assert shared["digest"] == cli.json("status", "undisturbed")["tasks"][0]["digest"]
+    assert [task["margin"] for task in (shared, *own)] == [0.02, 0.2, 0.2]
+    # Of task 1 half of the grid has been trained before; of task 2, after another choice, nothing.
+    assert (forked["points_taken_over"], forked["points_trained"]) == (2, 6)
+    assert cli.json("verify", "forked")["verified"]
+    with (finished.parent / "forked" / "tasks" / "001" / "points.csv").open() as stream:
+        assert len(list(csv.DictReader(stream))) == 4
+    assert "already" in cli("fork", "undisturbed", "--after-task", "0", "--name", "forked", status=2).stderr
+
+
+def test_several_margins_train_the_first_grid_once(cli: Cli) -> None:
+    found = cli.json("run", "sweep.yaml", "--name", "family", *SHORT, "--set", "margins=[2%, 20%]")
+    assert [run["name"] for run in found["runs"]] == ["family-m2", "family-m20"]
+    first, second = found["runs"]
+    assert (first["points_taken_over"], first["points_trained"]) == (0, 8)
+    assert (second["points_taken_over"], second["points_trained"]) == (4, 4)
+    assert first["free_units"] < second["free_units"]
+    again = cli("run", "sweep.yaml", "--name", "family", *SHORT, "--set", "margins=[2%, 20%]")
+    assert "family-m20" in again.stdout
+    assert cli.json("verify", "family-m20")["verified"]
