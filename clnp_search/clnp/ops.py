@@ -112,6 +112,17 @@ class Reader(Op):
 
 
 @dataclass(frozen=True)
+class Channelwise(Op):
+    """An op with parameters for each channel of a map or of flat values."""
+
+    def packed(self, inputs: Sequence[Tensor], tensors: Tensors, points: int, training: bool) -> Tensor:
+        (value,) = inputs
+        if value.ndim == 4:
+            return super().packed(inputs, tensors, points, training)
+        return super().packed([value.T], tensors, points, training).T
+
+
+@dataclass(frozen=True)
 class Linear(Reader):
     """A dense layer; its input is flat."""
 
@@ -246,7 +257,7 @@ class Depthwise(Op):
 
 
 @dataclass(frozen=True)
-class BatchNorm(Op):
+class BatchNorm(Channelwise):
     """Batch normalisation of maps or flat values: batch statistics while training, running ones otherwise."""
 
     STATISTICS: ClassVar[tuple[str, ...]] = ("mean", "variance")
@@ -262,12 +273,6 @@ class BatchNorm(Op):
         affine = tensors.get("scale"), tensors.get("shift")
         training = training and value.numel() > value.shape[1]  # one value alone has no variance
         return functional.batch_norm(value, *statistics, *affine, training, self.momentum, self.epsilon)
-
-    def packed(self, inputs: Sequence[Tensor], tensors: Tensors, points: int, training: bool) -> Tensor:
-        (value,) = inputs
-        if value.ndim == 4:
-            return super().packed(inputs, tensors, points, training)
-        return super().packed([value.T], tensors, points, training).T
 
 
 @dataclass(frozen=True)
@@ -298,7 +303,7 @@ class Activation(Op):
 
 
 @dataclass(frozen=True)
-class PRelu(Op):
+class PRelu(Channelwise):
     """A leaky rectifier with a learned slope for each channel."""
 
     def shapes(self, rows: int, columns: int, taps: int) -> dict[str, tuple[int, ...]]:
@@ -306,12 +311,6 @@ class PRelu(Op):
 
     def plain(self, inputs: Sequence[Tensor], tensors: Tensors, training: bool = False) -> Tensor:
         return functional.prelu(inputs[0], tensors["slope"].to(inputs[0].dtype))
-
-    def packed(self, inputs: Sequence[Tensor], tensors: Tensors, points: int, training: bool) -> Tensor:
-        (value,) = inputs
-        if value.ndim == 4:
-            return super().packed(inputs, tensors, points, training)
-        return super().packed([value.T], tensors, points, training).T
 
 
 @dataclass(frozen=True)

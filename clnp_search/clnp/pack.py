@@ -13,7 +13,7 @@ Shapes: P points of a pack, K of a block, B samples of a batch, N samples, F fre
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -379,16 +379,9 @@ class Pack:
         """
         watched = dict.fromkeys(name for names in self.graph.observed.values() for name in names)
         found: list[dict[str, Tensor]] = []
-        with torch.no_grad():
-            for block in self.blocks:
-                sums: dict[str, Tensor] = {}
-                for levels, _ in features.batches():
-                    values = block.forward(levels, dtype=self.dtype, keep=True)
-                    for name in watched:
-                        if name in values:
-                            total = self._summed(block, self.graph.by_name[name], values[name])
-                            sums[name] = sums[name] + total if name in sums else total
-                found.extend(self._by_group(block, sums, len(features)))
+        for block in self.blocks:
+            sums = self._sums(block, features, watched, self._summed)
+            found.extend(self._by_group(block, sums, len(features)))
         return found
 
     def means(self, features: Features) -> list[dict[str, Tensor]]:
@@ -401,26 +394,17 @@ class Pack:
             and self.graph.shift_of(node.name)
             and not (node.name == self.graph.head and frozen_bias)
         ]
+        sources = dict.fromkeys(self.graph.source(node).name for node in layers)
         found: list[dict[str, Tensor]] = []
-        with torch.no_grad():
-            for block in self.blocks:
-                sums: dict[str, Tensor] = {}
-                for levels, _ in features.batches():
-                    values = block.forward(levels, dtype=self.dtype, keep=True)
-                    for name in {self.graph.source(node).name for node in layers} & values.keys():
-                        value = values[name]
-                        if value.ndim == 4:
-                            total = value.mean((2, 3), dtype=torch.float64).sum(0)
-                        else:
-                            total = value.sum(1, dtype=torch.float64)
-                        sums[name] = sums[name] + total if name in sums else total
-                for point in range(block.points):
-                    found.append({})
-                    for node in layers:
-                        source = self.graph.source(node)
-                        if source.name in sums:
-                            mean = (sums[source.name] / len(features)).view(block.points, -1, source.taps)[point]
-                            found[-1][node.name] = mean.float().cpu()
+        for block in self.blocks:
+            sums = self._sums(block, features, sources, _total)
+            for point in range(block.points):
+                found.append({})
+                for node in layers:
+                    source = self.graph.source(node)
+                    if source.name in sums:
+                        mean = (sums[source.name] / len(features)).view(block.points, -1, source.taps)[point]
+                        found[-1][node.name] = mean.float().cpu()
         return found
 
     def finite(self, activities: Sequence[Mapping[str, Tensor]] = ()) -> list[bool]:
@@ -497,14 +481,24 @@ class Pack:
                 else:
                     torch.sign(tensor, out=tensor.grad).mul_(penalised[id(tensor)])
 
-    def _summed(self, block: Block, node: Node, values: Tensor) -> Tensor:
-        """The sum of a batch's values [K, channels] of a node, in float64; the mean over positions and taps."""
-        values = values if self.graph.non_negative(node.name) else values.abs()
-        if values.ndim == 4:
-            total = values.sum((0, 2, 3), dtype=torch.float64) / math.prod(node.positions)
-        else:
-            total = values.sum(1, dtype=torch.float64).unflatten(0, (-1, node.taps)).mean(1)
-        return total.view(block.points, -1)
+    @torch.no_grad()
+    def _sums(
+        self, block: Block, features: Features, names: Iterable[str], total: Callable[[Node, Tensor], Tensor]
+    ) -> dict[str, Tensor]:
+        """What `total` makes of a batch's values at each node, summed over a split."""
+        sums: dict[str, Tensor] = {}
+        for levels, _ in features.batches():
+            values = block.forward(levels, dtype=self.dtype, keep=True)
+            for name in names:
+                if name in values:
+                    of_batch = total(self.graph.by_name[name], values[name])
+                    sums[name] = sums[name] + of_batch if name in sums else of_batch
+        return sums
+
+    def _summed(self, node: Node, values: Tensor) -> Tensor:
+        """The sum of a batch's absolute values [K * units] of a node; the mean over positions and taps."""
+        total = _total(node, values if self.graph.non_negative(node.name) else values.abs())
+        return total.unflatten(0, (-1, node.taps)).mean(1)
 
     def _by_group(self, block: Block, sums: Mapping[str, Tensor], samples: int) -> list[dict[str, Tensor]]:
         largest = {
@@ -513,10 +507,18 @@ class Pack:
         }
         for name, total in sums.items():
             groups = [group for group in self.graph.by_name[name].groups if block.units.get(group)]
-            for group, seen in zip(groups, total.split([block.units[group] for group in groups], 1), strict=True):
+            by_point = total.view(block.points, -1)
+            for group, seen in zip(groups, by_point.split([block.units[group] for group in groups], 1), strict=True):
                 if name in self.graph.observed[group]:
                     largest[group] = torch.maximum(largest[group], seen / samples)
         return [{group: values[point] for group, values in largest.items()} for point in range(block.points)]
+
+
+def _total(node: Node, values: Tensor) -> Tensor:
+    """The sum of a batch's values [K * channels] of a node, in float64; the mean over positions."""
+    if values.ndim == 4:
+        return values.sum((0, 2, 3), dtype=torch.float64) / math.prod(node.positions)
+    return values.sum(1, dtype=torch.float64)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
