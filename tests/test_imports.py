@@ -21,6 +21,7 @@ LEVELS = [
     {"sequence"},
     {"agreement", "listener"},
     {"search", "selection", "tracking", "report", "progress"},
+    {"forecast"},
     {"config", "lease"},
     {"tasks", "storage"},
     {"clnp"},

@@ -26,6 +26,7 @@ COLOURS = {"complete": "green", "depleted": "green", "running": "cyan", "interru
 def status(run: Run, storage: Storage = "runs/", as_json: AsJson = False) -> None:
     """Show how far a run has come, the capacity that is left, and what failed."""
     from clnp_search.cli.view import summary_line, summary_table
+    from clnp_search.forecast import forecast, in_words
     from clnp_search.progress import progress_of
     from clnp_search.storage import open_run
 
@@ -38,12 +39,15 @@ def status(run: Run, storage: Storage = "runs/", as_json: AsJson = False) -> Non
             current = {"task": progress.task, "points_done": progress.points_done, "points": progress.points}
         document: dict[str, Any] = asdict(progress.summary) | {"status": progress.status, "num_tasks": num_tasks}
         failed = [asdict(each) for each in progress.failed_points]
-        print_json(document | {"current": current, "failed_points": failed})
+        capacity = {group: asdict(each) for group, each in forecast(progress.summary.tasks).items()}
+        print_json(document | {"current": current, "failed_points": failed, "forecast": capacity})
         return
     summary = progress.summary
     if summary.tasks:
         out.print(summary_table(summary))
         out.print(summary_line(summary))
+        for sentence in in_words(summary.tasks, num_tasks):
+            out.print(f"[yellow]{sentence}[/]", highlight=False)
     colour = COLOURS[progress.status]
     committed = f"{len(summary.tasks)} of {num_tasks}" if num_tasks else f"{len(summary.tasks)}"
     out.print(f"[{colour}]{progress.status}[/]: {committed} task{'' if (num_tasks or 1) == 1 else 's'} committed")

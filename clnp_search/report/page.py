@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from clnp_search.clnp.subnetwork import Subnetwork
 from clnp_search.config import Sweep, sweep_of
 from clnp_search.errors import InputError
+from clnp_search.forecast import in_words
 from clnp_search.records import TaskResult
 from clnp_search.report.comparison import spread_rows
 from clnp_search.report.figures import accuracy_matrix, draw_task, runs_compared, to_svg, units_grown
@@ -109,6 +110,11 @@ class _Run:
                 }
             )
         return shown
+
+    @property
+    def forecast(self) -> list[str]:
+        """What is to be expected of groups that run out of free units."""
+        return in_words(self.summary.tasks, self.sweep.scenario.tasks)
 
     @property
     def certificate(self) -> list[tuple[TaskResult, str]]:

@@ -1,0 +1,51 @@
+"""How long a network's capacity lasts, judged by the tasks so far. Pure functions of records."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from clnp_search.records import TaskResult
+
+RECENT_TASKS = 3
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What is to be expected of a group of units.
+
+    Args:
+        free: Units that are free now.
+        growth: Units that a task takes: the mean of the last tasks.
+        full_in: The first task that finds less than that; None if no task takes any.
+    """
+
+    free: int
+    growth: float
+    full_in: int | None
+
+
+def forecast(results: Sequence[TaskResult]) -> dict[str, Forecast]:
+    """For each group, when it runs out of free units if tasks go on as the last three did; empty before any."""
+    found = {}
+    for group, units in results[-1].units.items() if results else ():
+        growth = fmean(result.units[group].new for result in results[-RECENT_TASKS:])
+        tasks_left = int(units.free / growth) if growth else None
+        full_in = None if units.free and tasks_left is None else results[-1].index + 1 + (tasks_left or 0)
+        found[group] = Forecast(units.free, growth, full_in)
+    return found
+
+
+def in_words(results: Sequence[TaskResult], num_tasks: int | None) -> list[str]:
+    """A sentence for each group that is full, or will be before the last task."""
+    sentences = []
+    for group, each in forecast(results).items():
+        if not each.free:
+            sentences.append(f"{group} is full")
+        elif each.full_in is not None and (num_tasks is None or each.full_in < num_tasks):
+            sentences.append(
+                f"{group} will be full in task {each.full_in}: {each.free} units free, "
+                f"{each.growth:.1f} a task over the last {min(RECENT_TASKS, len(results))}"
+            )
+    return sentences
