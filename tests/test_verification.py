@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from in_process import SWEEP
+from in_process import SWEEP, make, run_in_process
 
 from clnp_search.errors import InputError
 from clnp_search.records import TaskResult, summarise
@@ -38,6 +38,16 @@ def test_a_whole_run_passes(whole: RunFolder) -> None:
     checks = verify(whole)
     assert [check for check in checks if not check.passed] == []
     assert {check.task for check in checks} == {None, 0, 1}
+
+
+def test_a_run_whose_biases_make_up_for_what_is_pruned_passes(whole: RunFolder, tmp_path: Path) -> None:
+    folder = run_folder(str(tmp_path), "compensated")
+    summary = run_in_process(make(training={"compensate": True}), folder)
+    assert failed(folder) == []
+    kept = folder.read_point(0, summary.tasks[0].selected.point)
+    assert kept is not None
+    assert folder.read_trained(0, kept).means.keys() == {"hidden1", "head"}
+    assert summary.state_digest != whole.read_results()[-1].state_digest
 
 
 def test_verify_changes_no_file(whole: RunFolder) -> None:

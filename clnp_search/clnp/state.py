@@ -370,7 +370,7 @@ class FreeParameters:
                     read[kind][rest] = tensor
             if not parameters or read["units"].keys() != read["activities"].keys():
                 raise KeyError("parameters of a network")
-            return cls(read["units"], parameters, read["activities"])
+            return cls(read["units"], parameters, read["activities"], read["means"])
         except (KeyError, safetensors.SafetensorError) as error:
             raise ValueError(f"not a trained point: {error}") from error
 

@@ -436,13 +436,16 @@ def test_a_state_reads_back_as_it_was_written(network: str, head: str, bias: str
 @pytest.mark.parametrize(("head", "bias"), HEADS)
 @pytest.mark.parametrize("network", NETWORKS)
 def test_a_trained_point_reads_back_as_it_was_written(network: str, head: str, bias: str, theta: float) -> None:
-    trained = make_trained(make_state(replace(NETWORKS[network], head=head, head_bias=bias), 1, theta))
+    state = make_state(replace(NETWORKS[network], head=head, head_bias=bias), 1, theta)
+    trained = make_trained(state, samples=make_samples(3, state.graph.input_shape)[0])
     again = FreeParameters.from_bytes(trained.to_bytes())
     assert again.units.keys() == trained.units.keys()
     assert again.tensors.keys() == trained.tensors.keys()
+    assert again.means.keys() == trained.means.keys()
     pairs = [
         *((trained.units[group], again.units[group]) for group in trained.units),
         *((trained.activities[group], again.activities[group]) for group in trained.units),
+        *((mean, again.means[name]) for name, mean in trained.means.items()),
         *((tensor, again.tensors[node][name]) for node, own in trained.tensors.items() for name, tensor in own.items()),
     ]
     assert all(left.dtype == right.dtype and torch.equal(left, right) for left, right in pairs)
