@@ -33,7 +33,7 @@ from ruamel.yaml.error import YAMLError
 
 from clnp_search.errors import InputError
 from clnp_search.importing import IMPORT_PATH, described, imported
-from clnp_search.storage import NAME_PATTERN, RunFolder
+from clnp_search.storage import NAME_PATTERN, RunFolder, join_uri
 from clnp_search.tasks import SCENARIOS, Kind, Scenario, Wanted, kind_of
 
 if TYPE_CHECKING:
@@ -764,7 +764,7 @@ def sweep_of(folder: RunFolder) -> Sweep:
     Raises:
         InputError: This is no run folder, or its sweep is of another version.
     """
-    source = f"{folder.uri}/sweep.yaml"
+    source = join_uri(folder.uri, "sweep.yaml")
     raw = _parse_yaml(folder.read_sweep(), source)
     return parse_sweep(raw if isinstance(raw, dict) else {}, source)
 

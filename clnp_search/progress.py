@@ -12,7 +12,7 @@ from typing import Literal
 from clnp_search.config import Sweep, sweep_of
 from clnp_search.errors import InputError
 from clnp_search.records import Holder, RunStatus, Summary, summarise
-from clnp_search.storage import RunFolder
+from clnp_search.storage import RunFolder, join_uri
 
 STILL_S = 30.0  # a lease that was not renewed for as long has no holder any more
 
@@ -106,7 +106,7 @@ def runs_under(storage: str) -> Iterator[tuple[RunFolder, Progress | None]]:
     """All runs under a storage, by name; None for the progress of a run that cannot be read."""
     root = RunFolder(storage)
     for name in root.folders():
-        folder = RunFolder(f"{storage.rstrip('/')}/{name}")
+        folder = RunFolder(join_uri(storage, name))
         if folder.exists("sweep.yaml"):
             try:
                 yield folder, progress_of(folder)

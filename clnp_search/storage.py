@@ -19,7 +19,8 @@ import os
 import re
 import tempfile
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
@@ -71,7 +72,8 @@ class RunFolder:
     @property
     def storage(self) -> str:
         """The URI of the folder that holds this run and its siblings."""
-        return self.uri.rstrip("/").rpartition("/")[0]
+        place, settings = _place(self.uri)
+        return place.rstrip("/").rpartition("/")[0] + settings
 
     @property
     def local_path(self) -> Path | None:
@@ -118,7 +120,8 @@ class RunFolder:
 
     def folders(self) -> tuple[str, ...]:
         """Names of the folders in this one, sorted."""
-        infos = self._filesystem.get_file_info(pyarrow.fs.FileSelector(self._root, allow_not_found=True))
+        with _reaching(self.uri):
+            infos = self._filesystem.get_file_info(pyarrow.fs.FileSelector(self._root, allow_not_found=True))
         return tuple(sorted(info.base_name for info in infos if info.type == pyarrow.fs.FileType.Directory))
 
     def read(self, path: str) -> bytes:
@@ -169,7 +172,7 @@ class RunFolder:
         try:
             return self.read("sweep.yaml").decode()
         except UnicodeDecodeError as error:
-            raise InputError(f"{self.uri}/sweep.yaml: {error}") from error
+            raise InputError(f"{join_uri(self.uri, 'sweep.yaml')}: {error}") from error
         except FileNotFoundError:
             raise InputError(f"{self.uri}: no run folder (it has no sweep.yaml)") from None
 
@@ -400,13 +403,13 @@ class RunFolder:
         try:
             data = self.read(path)
         except FileNotFoundError:
-            raise ValueError(f"{self.uri}/{path}: missing") from None
+            raise ValueError(f"{join_uri(self.uri, path)}: missing") from None
         if hashlib.sha256(data).hexdigest() != sha256:
-            raise ValueError(f"{self.uri}/{path}: damaged, or not the file that its record was written for")
+            raise ValueError(f"{join_uri(self.uri, path)}: damaged, or not the file that its record was written for")
         try:
             return parse(data)
         except Exception as error:  # of a faulty file, any; a file of this version has none
-            raise ValueError(f"{self.uri}/{path}: {error}") from error
+            raise ValueError(f"{join_uri(self.uri, path)}: {error}") from error
 
     def _read_record(self, path: str, kind: type[T]) -> T | None:
         try:
@@ -417,7 +420,7 @@ class RunFolder:
             return _adapter(kind).validate_json(_checked(data))  # type: ignore[arg-type]  # classes are hashable
         except ValueError as error:
             raise RuntimeError(
-                f"{self.uri}/{path}: damaged, changed by hand, or written by another version: {error}"
+                f"{join_uri(self.uri, path)}: damaged, changed by hand, or written by another version: {error}"
             ) from error
 
 
@@ -430,8 +433,9 @@ def open_run(run: str, storage: str = "runs/") -> RunFolder:
     for uri in (run, join_uri(storage, run)):
         if "/" in uri or os.path.exists(uri):
             folder = RunFolder(uri)
-            if folder.exists("sweep.yaml"):
-                return folder
+            with _reaching(uri):
+                if folder.exists("sweep.yaml"):
+                    return folder
     raise InputError(f"{run}: no run of that name under {storage}, and no run folder")
 
 
@@ -464,7 +468,23 @@ def unwritable(folder: Path) -> str:
 
 def join_uri(storage: str, name: str) -> str:
     """`name` under a path or URI."""
-    return f"{storage.rstrip('/')}/{name}"
+    place, settings = _place(storage)
+    return f"{place.rstrip('/')}/{name}{settings}"
+
+
+def _place(uri: str) -> tuple[str, str]:
+    """A URI without its settings (`?endpoint_override=...`), and these; a path has none."""
+    place, mark, settings = uri.partition("?") if "://" in uri else (uri, "", "")
+    return place, mark + settings
+
+
+@contextmanager
+def _reaching(uri: str) -> Iterator[None]:
+    """Inside, a storage that does not answer is said in a sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"storage {uri}: cannot be reached: {error}") from error
 
 
 def _task(task: int) -> str:

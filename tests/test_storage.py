@@ -6,6 +6,7 @@ import csv
 import hashlib
 import json
 import math
+import socket
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,23 @@ def test_a_storage_of_an_unknown_kind_is_refused_by_name() -> None:
 @pytest.mark.parametrize("storage", ["s3://bucket/runs", "s3://bucket/runs/", "s3://bucket/runs//"])
 def test_a_name_is_joined_to_a_uri_by_one_slash(storage: str) -> None:
     assert join_uri(storage, "a") == "s3://bucket/runs/a"
+
+
+def test_a_name_is_joined_before_a_uris_settings() -> None:
+    uri = join_uri("s3://bucket/runs?endpoint_override=127.0.0.1:9&scheme=http&region=us-east-1", "a")
+    assert uri == "s3://bucket/runs/a?endpoint_override=127.0.0.1:9&scheme=http&region=us-east-1"
+    folder = RunFolder(uri)
+    assert (folder.name, join_uri(folder.storage, "a")) == ("a", uri)
+
+
+def test_a_storage_that_does_not_answer_is_said_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "id")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    uri = f"s3://bucket/runs?endpoint_override=127.0.0.1:{port}&scheme=http&region=us-east-1"
+    with pytest.raises(InputError, match=r"^storage s3://bucket/runs.*connect"):
+        open_run("run", uri)
 
 
 def test_a_run_is_opened_by_name_path_or_uri(tmp_path: Path) -> None:
