@@ -11,6 +11,7 @@ import torch
 from builders import GRAPHS, HEADS, commit_at, fill_group, make_info, make_network, make_state, make_trained
 from torch import Tensor
 
+from clnp_search.clnp import scan as scans
 from clnp_search.clnp.scan import Candidate, Grown, scan
 from clnp_search.clnp.state import Architecture, FreeParameters, State, commit
 from clnp_search.clnp.subnetwork import Subnetwork
@@ -213,6 +214,19 @@ def test_a_scan_holds_for_few_samples_and_for_several_batches(num_samples: int) 
     for allowed in (0, num_samples // 20):
         min_correct = slow.at([0.0, 0.0])[0] - allowed
         assert scan(candidate, 0, min_correct).theta == slow.highest(min_correct)
+
+
+@pytest.mark.parametrize("held_bytes", [0, 20_000, 1 << 30])
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_scan_in_parts_holds_as_many_values_as_fit(
+    network: str, held_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow, candidate = make_candidate(NETWORKS[network], 1, 4, exact=False)
+    candidate.features.batch_size = 17
+    monkeypatch.setattr(scans, "HELD_BYTES", held_bytes)
+    for allowed in MARGINS:
+        limit = slow.at([0.0] * slow.depth)[0] - allowed
+        assert scan(candidate, 0, limit).theta == slow.highest(limit)
 
 
 def test_a_scan_on_a_device_gives_what_committing_every_model_gives(device: torch.device) -> None:
