@@ -168,7 +168,8 @@ class MlflowTracker:
 
 def _settings(sweep: Sweep) -> dict[str, str]:
     """The settings that tell sweeps apart, under their names in the sweep file."""
-    dump = sweep.model_dump(mode="json", exclude={"name", "storage", "tracking", "resources", "modules"})
+    left_out = {"name", "repetitions", "margins", "storage", "tracking", "resources", "modules"}
+    dump = sweep.model_dump(mode="json", exclude=left_out)
     dump["scenario"].pop("root")
     flat = {"seed": dump.pop("seed")}
     flat |= {f"{section}.{key}": value for section, values in dump.items() for key, value in values.items()}
