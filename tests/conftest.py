@@ -19,18 +19,6 @@ from clnp_search.storage import RunFolder, run_folder
 
 torch.set_num_threads(1)
 
-INTEGRATION = Path(__file__).parent / "integration"
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One of the two processes runs the tests with clusters and servers, half of the time, in their order."""
-    for item in items:
-        if INTEGRATION in item.path.parents:
-            item.add_marker(pytest.mark.xdist_group("integration"))
-    items.sort(key=lambda item: INTEGRATION not in item.path.parents)
-
-
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
