@@ -133,7 +133,8 @@ def estimate_memory(
     """What a pack needs, from shapes alone.
 
     Each free parameter is held four times (value, gradient, two moments), and three times more while a checkpoint is
-    written; bf16 adds half-width copies of weights and gradients. Maps are held from the forward to the backward pass.
+    written; bf16 adds half-width copies of weights and gradients. Maps are held from the forward to the backward pass,
+    but for those that the next node overwrites, and two gradients beside them.
 
     Args:
         active: Units of each group that are frozen already.
@@ -157,7 +158,9 @@ def estimate_memory(
     if width == 2:
         fixed += samples * width * features
     values = sum(graph.value_size(node.name, free) for node in graph.nodes)
-    together = microbatch(graph, settings.batch_size, width) * 2 * values
+    trained = graph.pooled_first
+    kept = sum(trained.value_size(node.name, free) for node in trained.nodes if node.name not in trained.in_place)
+    together = microbatch(graph, settings.batch_size, width) * (kept + 2 * graph.largest_value)
     if graph.is_dense:
         together = (2 * settings.batch_size + LARGEST_BATCH) * values // 2
     else:  # a point at a time

@@ -7,6 +7,9 @@ from pathlib import Path
 
 from command_line import Cli
 
+from clnp_search.branching import points_taken_over
+from clnp_search.storage import RunFolder
+
 SHORT = ("--set", "scenario.tasks=2", "--set", "training.epochs=3", "--set", "tracking.uri=none")
 
 
@@ -27,12 +30,11 @@ def test_a_fork_shares_a_task_and_trains_only_what_is_new(cli: Cli, finished: Pa
 
 
 def test_several_margins_train_the_first_grid_once(cli: Cli) -> None:
-    found = cli.json("run", "sweep.yaml", "--name", "family", *SHORT, "--set", "margins=[2%, 20%]")
-    assert [run["name"] for run in found["runs"]] == ["family-m2", "family-m20"]
-    first, second = found["runs"]
-    assert (first["points_taken_over"], first["points_trained"]) == (0, 8)
-    assert (second["points_taken_over"], second["points_trained"]) == (4, 4)
-    assert first["free_units"] < second["free_units"]
-    again = cli("run", "sweep.yaml", "--name", "family", *SHORT, "--set", "margins=[2%, 20%]")
-    assert "family-m20" in again.stdout
+    shown = cli("run", "sweep.yaml", "--name", "family", *SHORT, "--set", "margins=[2%, 20%]").stdout
+    assert "family-m20" in shown
+    found = cli.json("compare", "family-m2", "family-m20")
+    assert [row["margin"] for row in found["spread"]] == [0.02, 0.2]
+    first, second = (RunFolder(run["run"]) for run in found["runs"])
+    assert (points_taken_over(first), points_taken_over(second)) == ((0, 8), (4, 4))
+    assert found["runs"][0]["free_units"] < found["runs"][1]["free_units"]
     assert cli.json("verify", "family-m20")["verified"]
