@@ -101,7 +101,7 @@ def _check_scenario(name: str) -> str:
     return name
 
 
-def _list_or_none(item: Any) -> BeforeValidator:
+def _list_without_repeats(item: Any) -> BeforeValidator:
     """Takes a list of different values, which may be empty."""
 
     def checked(value: Any) -> Any:
@@ -490,7 +490,7 @@ class Sweep(_Section):
     """Of everything random: splits, permutations, initial weights, data order."""
     repetitions: PositiveCount = 1
     """A sequence for each of so many seeds, from `seed` on; see also `margins`."""
-    margins: Annotated[tuple[Margin, ...], _list_or_none(Margin)] = ()
+    margins: Annotated[tuple[Margin, ...], _list_without_repeats(Margin)] = ()
     """A sequence for each of these margins, instead of the one of `forgetting`; what they share is trained once."""
     scenario: ScenarioConfig
     network: NetworkConfig

@@ -509,15 +509,10 @@ class Runner:
         )
 
 
-def take_over(folder: RunFolder, origin: RunFolder, plan: TaskPlan) -> int:
-    """Copies what another run has trained and scanned of a task's points, where their keys are the same.
-
-    Returns:
-        How many points that are.
-    """
+def take_over(folder: RunFolder, origin: RunFolder, plan: TaskPlan) -> None:
+    """Copies what another run has trained and scanned of a task's points, where their keys are the same."""
     theirs = origin.read_plan(plan.task)
     places = {} if theirs is None else dict(zip(theirs.keys, theirs.points, strict=True))
-    taken = 0
     for point, key in zip(plan.points, plan.keys, strict=True):
         record = origin.read_point(plan.task, places[key].name) if key in places else None
         if record is None or record.status != "done" or folder.read_point(plan.task, point.name) is not None:
@@ -527,8 +522,6 @@ def take_over(folder: RunFolder, origin: RunFolder, plan: TaskPlan) -> int:
             if scan.round == 0:
                 folder.write_scan(plan.task, replace(scan, point=point.index))
         folder.write_point(plan.task, replace(record, point=point, origin=origin.uri), trained)
-        taken += 1
-    return taken
 
 
 def reused_point(folder: RunFolder, sweep: Sweep, index: int) -> Point | None:

@@ -514,7 +514,8 @@ def tensors_digest(header: Any, tensors: dict[str, Tensor]) -> str:
 
 
 def _load(data: bytes) -> dict[str, Tensor]:
-    return safetensors.torch.load(data)  # runs nothing: a JSON header and raw numbers, never a pickle
+    # The format is a JSON header and raw numbers: unlike a pickle it names no code, so that nothing in it can run.
+    return safetensors.torch.load(data)
 
 
 def read_safetensors(data: bytes, key: str) -> tuple[Any, dict[str, Tensor]]:

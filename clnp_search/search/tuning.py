@@ -156,9 +156,8 @@ class _Feed(Searcher):
         self._accuracies |= {point: accuracy for point, _, accuracy in points}
         self._progress = PackProgress(
             self._progress.epochs_done | {point: epochs for point, epochs, _ in points},
-            max(
-                self._accuracies.items(), key=lambda seen: (seen[1], -seen[0]), default=None
-            ),  # of equal ones the first
+            # Of equal ones the first.
+            max(self._accuracies.items(), key=lambda seen: (seen[1], -seen[0]), default=None),
             (*self._progress.failed, *result.get("failed", ())),
         )
         self._listen(self._progress)
