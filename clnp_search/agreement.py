@@ -97,14 +97,14 @@ def recorded_choice(folder: RunFolder, plan: TaskPlan, rules: ForgettingConfig) 
     """
     records = last = _recorded(folder, plan)
     limit, inside = selection.candidates(records, rules.margin)
-    scans = _recorded_scans(folder, plan, inside, rules.theta, limit)
+    scans = _recorded_scans(folder, plan, inside, rules.rule, limit)
     for number in range(1, rules.finetune_rounds + 1):
         passing = tuple(scan.point for scan in scans if scan.theta is not None)
         plan = round_plan(plan, scans, rules.finetune_epochs, (passing,))
         last = _recorded(folder, plan)
         if number < rules.finetune_rounds:
             done = [record for record in last if record.status == "done"]
-            scans = _recorded_scans(folder, plan, done, rules.theta, limit)
+            scans = _recorded_scans(folder, plan, done, rules.rule, limit)
         else:
             before = {scan.point: scan for scan in scans}
             scans = [retrained(before[record.point.index], record) for record in last]

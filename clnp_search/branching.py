@@ -75,8 +75,8 @@ def reselect(
     recorded = {
         record.point: scan
         for record in inside
-        if (scan := folder.read_scan(task, record.point.index, rules.theta, limit)) is not None
-        and scan.is_of(record, rules.theta, limit)
+        if (scan := folder.read_scan(task, record.point.index, rules.rule, limit)) is not None
+        and scan.is_of(record, rules.rule, limit)
     }
     missing = [record.point for record in inside if record.point not in recorded]
     if missing:
@@ -85,7 +85,7 @@ def reselect(
         inputs = TaskInputs(sequence.run_inputs(folder), plan, state)
         for done, point in enumerate(missing):
             listen(done, len(missing))
-            recorded[point] = scan_point(inputs, point, limit, rules.theta)
+            recorded[point] = scan_point(inputs, point, limit, rules.rule)
             folder.write_scan(task, recorded[point])
     scans = [recorded[record.point] for record in inside]
     choice = selection.choose(made.records, scans, rules.margin, rules.sparsity)

@@ -432,12 +432,20 @@ class ForgettingConfig(_Section):
     """Allowed loss of validation accuracy: '0.05%' or 0.0005."""
     theta: Literal["global", "per_layer"] = "global"
     """One activity threshold for all layers, or one for each."""
+    theta_steps: Annotated[int, Field(strict=True, ge=2)] | None = None
+    """Try only so many of the thresholds, evenly spaced, where a scan of all takes too long: the answer is inside the
+    margin all the same, and may keep more units than needed. Default: all."""
     sparsity: Literal["units", "weights", "scarcest_layer"] = "units"
     """What the chosen model has most of: free units, free weights, or free units in its fullest layer."""
     finetune_rounds: Count = 0
     """Rounds of prune and retrain, for every candidate; each is held to the margin of the model before pruning."""
     finetune_epochs: Count = 0
     """Epochs of each round."""
+
+    @property
+    def rule(self) -> str:
+        """How a threshold is searched, as `clnp.scan.scan` takes it."""
+        return f"{self.theta}-of-{self.theta_steps}" if self.theta_steps else self.theta
 
     @model_validator(mode="after")
     def _rounds_have_epochs(self) -> ForgettingConfig:

@@ -422,7 +422,7 @@ class Runner:
 
     def _scan(self, plan: TaskPlan, inputs: ObjectRef, inside: Sequence[PointRecord], limit: int) -> list[ScanRecord]:
         """A threshold scan of every candidate; some may be recorded already."""
-        rule, task = self._sweep.forgetting.theta, plan.task
+        rule, task = self._sweep.forgetting.rule, plan.task
         scans, missing = [], []
         for record in inside:
             scan = self._folder.read_scan(task, record.point.index, rule, limit, plan.round)

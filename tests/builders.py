@@ -431,7 +431,7 @@ def write_run(folder: RunFolder, sweep: Sweep, num_tasks: int = 2) -> Iterator[s
             curve = make_curve((1.5, 0.6, 0.0), (0.1, 0.965, 0.97))
             active = (3, 4 - index)
             scan = make_scan(index, 9650 + index, active, theta=(0.6, 0.6), curve=curve)
-            rule = sweep.forgetting.theta
+            rule = sweep.forgetting.rule
             scan = replace(scan, key=record.key, parameters_sha256=record.parameters_sha256)
             folder.write_scan(task, replace(scan, rule=rule, min_correct=limit))
             scans.append(scan)

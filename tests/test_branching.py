@@ -52,7 +52,7 @@ def test_other_rules_choose_what_a_run_by_them_does(
     assert [replace(scan, seconds=0.0) for scan in found.scans] == [
         replace(scan, seconds=0.0)
         for point in found.choice.candidates
-        if (scan := new.read_scan(task, point, other.forgetting.theta, found.choice.min_correct)) is not None
+        if (scan := new.read_scan(task, point, other.forgetting.rule, found.choice.min_correct)) is not None
     ]
     assert found.recorded == copy.read_selection(task)
 

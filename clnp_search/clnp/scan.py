@@ -235,27 +235,30 @@ def scan(
         min_correct: Validation samples that the pruned model must get right.
         rule: `global`: one theta for all groups. `per_layer`: one for each; the fewest units that are found by
             raising one group's theta after another, from the last to the first and the other way, from global thetas
-            that pass (our choice; the paper leaves it open).
+            that pass (our choice; the paper leaves it open). With `-of-N` behind it, only N thresholds are tried on
+            each path, evenly spaced: a few thousand are too many where a single evaluation takes a second.
         curve_steps: Evenly spaced thresholds on the curve, besides all that the search evaluated.
     """
     started = time.perf_counter()
-    values = torch.cat([*candidate.activities, torch.zeros(1, dtype=torch.float64)]).unique().flip(0).tolist()
+    kind, _, number = rule.partition("-of-")
+    steps = int(number or 0)
+    zero = torch.zeros(1, dtype=torch.float64)
+    values = _thinned(torch.cat([*candidate.activities, zero]).unique().flip(0).tolist(), steps)
     path = [candidate.counts([value] * len(candidate.activities)) for value in values]
     chosen, evaluated = highest_passing(candidate, path, min_correct)
-    spaced = {round(step * (len(path) - 1) / max(1, curve_steps - 1)) for step in range(curve_steps)}
-    for position in sorted({*spaced, max(0, chosen - 1)} - evaluated.keys()):
+    for position in sorted({*_spaced(len(path), curve_steps), max(0, chosen - 1)} - evaluated.keys()):
         evaluated[position] = candidate.num_correct(path[position])
     depth = len(candidate.activities)
-    steps = [((values[position],) * depth, path[position], correct) for position, correct in sorted(evaluated.items())]
-    curve = tuple(_curve(candidate, steps))
+    seen = [((values[position],) * depth, path[position], correct) for position, correct in sorted(evaluated.items())]
+    curve = tuple(_curve(candidate, seen))
     if chosen == len(path):
         return _record(candidate, point, None, path[-1], evaluated[len(path) - 1], curve, (), started)
-    if rule == "global":
+    if kind == "global":
         theta = (values[chosen],) * depth
         return _record(candidate, point, theta, path[chosen], evaluated[chosen], curve, (), started)
     known: Known = {}
     raised = [
-        _raise_all(candidate, [values[start]] * depth, order, min_correct, known)
+        _raise_all(candidate, [values[start]] * depth, order, min_correct, steps, known)
         for start in _starts(candidate, path, chosen, evaluated, min_correct)
         for order in (range(depth)[::-1], range(depth))
     ]
@@ -275,8 +278,7 @@ def _starts(
     """Positions of global thetas from which single ones are raised: the highest that passes, and lower ones."""
     number = max(1, STARTED_UNITS // max(1, sum(candidate.all))) if candidate.graph.is_dense else 1
     lower = range(chosen, len(path))
-    spaced = {lower[round(step * (len(lower) - 1) / max(1, number - 1))] for step in range(number)}
-    for position in sorted(spaced | {chosen}):
+    for position in sorted({chosen, *(lower[each] for each in _spaced(len(lower), number))}):
         correct = evaluated.get(position)
         correct = candidate.num_correct(path[position]) if correct is None else correct
         if correct >= min_correct:
@@ -284,7 +286,7 @@ def _starts(
 
 
 def _raise_all(
-    candidate: Candidate, theta: list[float], order: Iterable[int], min_correct: int, known: Known
+    candidate: Candidate, theta: list[float], order: Iterable[int], min_correct: int, steps: int, known: Known
 ) -> Raised:
     """Each group's theta raised as far as the others allow, one after another."""
     curves: list[tuple[CurveStep, ...]] = [()] * len(theta)
@@ -292,24 +294,36 @@ def _raise_all(
     for group in order:
         others = (group, (*counts[:group], *counts[group + 1 :]))
         if others not in known:  # many starts lead to the same models
-            known[others] = _raise_one(candidate, group, theta, min_correct)
-        steps, (value, counts, correct) = known[others]
-        curve = [([*theta[:group], tried, *theta[group + 1 :]], units, right) for tried, units, right in steps]
+            known[others] = _raise_one(candidate, group, theta, min_correct, steps)
+        seen, (value, counts, correct) = known[others]
+        curve = [([*theta[:group], tried, *theta[group + 1 :]], units, right) for tried, units, right in seen]
         curves[group] = tuple(_curve(candidate, curve))
         theta = [*theta[:group], value, *theta[group + 1 :]]
     return theta, counts, correct, tuple(curves)
 
 
-def _raise_one(candidate: Candidate, group: int, theta: list[float], min_correct: int) -> tuple[list[Step], Step]:
+def _raise_one(
+    candidate: Candidate, group: int, theta: list[float], min_correct: int, steps: int
+) -> tuple[list[Step], Step]:
     """The highest theta of one group that passes while the others keep theirs."""
     values = candidate.activities[group].unique().flip(0)
-    tried = [*values[values > theta[group]].tolist(), theta[group]]
+    tried = _thinned([*values[values > theta[group]].tolist(), theta[group]], steps)
     path = [candidate.counts([*theta[:group], value, *theta[group + 1 :]]) for value in tried]
     chosen, evaluated = highest_passing(candidate, path, min_correct)
     for position in {max(0, chosen - 1)} - evaluated.keys():
         evaluated[position] = candidate.num_correct(path[position])
-    steps = [(tried[position], path[position], correct) for position, correct in sorted(evaluated.items())]
-    return steps, (tried[chosen], path[chosen], evaluated[chosen])
+    seen = [(tried[position], path[position], correct) for position, correct in sorted(evaluated.items())]
+    return seen, (tried[chosen], path[chosen], evaluated[chosen])
+
+
+def _spaced(length: int, number: int) -> list[int]:
+    """At most `number` positions of `length`, evenly spaced, the first and the last among them."""
+    return sorted({round(step * (length - 1) / max(1, number - 1)) for step in range(number)})
+
+
+def _thinned(values: list[float], number: int) -> list[float]:
+    """At most `number` of some values, likewise; all for 0."""
+    return [values[position] for position in _spaced(len(values), number)] if number else values
 
 
 def _curve(candidate: Candidate, steps: Iterable[tuple[Sequence[float], Counts, int]]) -> Iterator[CurveStep]:

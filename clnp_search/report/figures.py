@@ -84,7 +84,7 @@ def draw_task(folder: RunFolder, run: str, result: TaskResult) -> dict[str, Figu
     plan, selection = folder.read_plan(task), folder.read_selection(task)
     if plan is None or selection is None:
         return {}
-    asked = sweep_of(folder).forgetting.theta, selection.min_correct
+    asked = sweep_of(folder).forgetting.rule, selection.min_correct
     scans = [scan for each in selection.candidates if (scan := folder.read_scan(task, each, *asked)) is not None]
     if all(scan.point != selection.chosen for scan in scans):
         return {}

@@ -148,7 +148,7 @@ class MlflowTracker:
         tags = {key: text for key, text in tags.items() if text or key in run.tags}
         if selection is not None:
             tags["selected"] = str(point.index == selection.chosen).lower()
-            asked = self._sweep.forgetting.theta, selection.min_correct
+            asked = self._sweep.forgetting.rule, selection.min_correct
             scan = folder.read_scan(plan.task, point.index, *asked) if point.index in selection.candidates else None
             metrics += _scan_metrics(scan) if scan else []
             metrics += _theta(scan.theta, groups) if scan and scan.theta else []

@@ -324,6 +324,24 @@ def test_the_curve_holds_the_chosen_theta_and_the_next_value_above_it(curve_step
     assert {40.0, 0.0} <= curve.keys()
 
 
+def test_a_scan_of_few_thetas_finds_the_highest_of_them_that_passes() -> None:
+    activities = [float(value) for value in range(40, 0, -1)]
+    candidate = by_hand(activities, [0.0] * 20 + [1.0] * 20)
+    assert scan(candidate, 0, 100, "global-of-5").theta == (10.0,)  # of 40, 30, 20, 10 and 0
+
+
+@pytest.mark.parametrize("rule", ["global-of-4", "per_layer-of-4"])
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_scan_of_few_thetas_stays_inside_the_margin(network: str, rule: str) -> None:
+    slow, candidate = make_candidate(NETWORKS[network], 1, 3, exact=True)
+    min_correct = slow.at([0.0] * slow.depth)[0] - 15
+    record, whole = (scan(candidate, 0, min_correct, each) for each in (rule, rule.partition("-")[0]))
+    assert record.theta is not None
+    assert (record.val_correct, record.active) == slow.at(record.theta)
+    assert record.val_correct >= min_correct
+    assert sum(record.active) >= sum(whole.active)
+
+
 def test_each_layers_curve_holds_its_chosen_theta_and_the_next_activity_above_it() -> None:
     slow, candidate = make_candidate(make_network((6, 5)), 0, 2, exact=False)
     min_correct = slow.at([0.0, 0.0])[0] - 10
