@@ -14,7 +14,7 @@ from clnp_search.agreement import recorded_choice, sweep_at
 from clnp_search.config import FORKED_SECTIONS, ForgettingConfig, Sweep, sweep_of
 from clnp_search.errors import InputError
 from clnp_search.records import Fork, PointRecord, ScanRecord, Selection
-from clnp_search.search.points import grid
+from clnp_search.search.proposals import first_points
 from clnp_search.search.trial import TaskInputs, scan_point
 from clnp_search.sequence import TaskSequence
 from clnp_search.storage import RunFolder
@@ -126,7 +126,7 @@ def fork(origin: RunFolder, sweep: Sweep, after_task: int, folder: RunFolder) ->
     if sweep.scenario.tasks is not None and sweep.scenario.tasks <= after_task:
         raise InputError(f"scenario.tasks: {sweep.scenario.tasks} is fewer than the tasks that are shared")
     if after_task >= 0:
-        grid(sweep, None, origin.read_state(after_task).graph.layers)  # whose alphas must fit
+        first_points(sweep, after_task + 1, None, origin.read_state(after_task).graph.layers)  # whose alphas must fit
     folder.require_writable()
     for task in range(after_task + 1):
         folder.copy_task(origin, task)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import io
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -65,16 +66,34 @@ def _parse_margin(value: Any) -> Any:
 
 
 def _check_alpha(value: Any) -> Any:
-    values = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else [value]
-    numbers = [each for each in values if isinstance(each, int | float) and not isinstance(each, bool)]
-    if not values or len(numbers) < len(values) or not all(0 <= each < float("inf") for each in numbers):
+    if isinstance(value, Mapping) and not _is_range(value) and value:
+        return {str(pattern): _check_part(each) for pattern, each in value.items()}
+    if isinstance(value, list | tuple) and value:
+        return tuple(_check_part(each) for each in value)
+    return _check_part(value)
+
+
+def _check_part(value: Any) -> Any:
+    if isinstance(value, Range) or _is_range(value):
+        return Range.model_validate(value)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
         raise ValueError(
             "write a number of 0 or more, a list with one for each layer and the head last, or one for each pattern "
-            'of layer names, such as {"layer1.*": 1e-6, "*": 1e-5}'
+            'of layer names, such as {"layer1.*": 1e-6, "*": 1e-5}; or, for each of them, {low: 1e-7, high: 1e-3}'
         )
-    if isinstance(value, Mapping):
-        return {str(pattern): float(each) for pattern, each in value.items()}
-    return tuple(float(each) for each in value) if isinstance(value, list | tuple) else float(value)
+    return float(value)
+
+
+def _check_rate(value: Any) -> Any:
+    if isinstance(value, Range) or _is_range(value):
+        return Range.model_validate(value)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise ValueError("write a number above 0; or, for random and optuna, {low: 1e-4, high: 1e-2}")
+    return float(value)
+
+
+def _is_range(value: Any) -> bool:
+    return isinstance(value, Mapping) and set(value) == {"low", "high"}
 
 
 def _check_conv_layer(value: Any) -> Any:
@@ -146,13 +165,42 @@ Validation = Annotated[
         json_schema_input_type=PositiveCount | Annotated[float, Field(gt=0, lt=1)] | _Percentage,
     ),
 ]
-AlphaValue = float | tuple[float, ...] | dict[str, float]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Range(_Section):
+    """Values to draw from, on a logarithmic scale."""
+
+    low: Positive
+    """The smallest."""
+    high: Positive
+    """The largest."""
+
+    @model_validator(mode="after")
+    def _is_not_empty(self) -> Range:
+        if self.low >= self.high:
+            raise ValueError(f"low: {self.low:g} is not below high: {self.high:g}")
+        return self
+
+    def rounded(self, value: float) -> float:
+        """A value of it with four digits, which is what people want to read and type."""
+        return min(self.high, max(self.low, float(f"{value:.4g}")))
+
+
+Objective = Literal["accuracy", "sparsity"]
+AlphaPart = float | Range
+AlphaValue = AlphaPart | tuple[AlphaPart, ...] | dict[str, AlphaPart]
 _AlphaInput = (
     NonNegative
-    | Annotated[tuple[NonNegative, ...], Field(min_length=1)]
-    | Annotated[dict[str, NonNegative], Field(min_length=1)]
+    | Range
+    | Annotated[tuple[NonNegative | Range, ...], Field(min_length=1)]
+    | Annotated[dict[str, NonNegative | Range], Field(min_length=1)]
 )
 Alpha = Annotated[AlphaValue, BeforeValidator(_check_alpha, json_schema_input_type=_AlphaInput)]
+Rate = Annotated[float | Range, BeforeValidator(_check_rate, json_schema_input_type=Positive | Range)]
 ConvLayer = Annotated[
     PositiveCount | str,
     BeforeValidator(
@@ -167,10 +215,6 @@ ScenarioName = Annotated[
 ]
 ClassName = Annotated[str, BeforeValidator(str, json_schema_input_type=str | int)]
 ClassNames = Annotated[tuple[ClassName, ...], Field(min_length=1)]
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class AugmentConfig(_Section):
@@ -410,19 +454,66 @@ class TrainingConfig(_Section):
 
 
 class SearchConfig(_Section):
-    """The grid of each task."""
+    """The points of each task."""
 
     tasks: Literal["every", "first"] = "every"
     """Search on every task, or on the first only: later tasks reuse its choice."""
     alpha: Annotated[tuple[Alpha, ...], Field(min_length=1), _list_or_one(Alpha)] = (1e-6, 1e-5, 1e-4)
     """L1 coefficients to try: each a number; a list with one for each layer, the head last (`clnp-search network` shows
-    their order); or one for each pattern of layer names, the first match wins: {"layer1.*": 1e-6, "*": 1e-5}."""
-    learning_rate: Annotated[tuple[Positive, ...], Field(min_length=1), _list_or_one(Positive)] = (0.001, 0.002)
-    """Learning rates to try."""
+    their order); or one for each pattern of layer names, the first match wins: {"layer1.*": 1e-6, "*": 1e-5}. For
+    random and optuna a single one, in which each number may be a range {low: 1e-7, high: 1e-3}."""
+    learning_rate: Annotated[tuple[Rate, ...], Field(min_length=1), _list_or_one(Rate)] = (0.001, 0.002)
+    """Learning rates to try; for random and optuna a single one, or a range."""
+    algorithm: Literal["grid", "random", "optuna"] = "grid"
+    """grid: all values of alpha with all learning rates. random: `points` draws from ranges {low: , high: }. optuna:
+    `points` draws, each batch of them on the results of those before."""
+    points: PositiveCount | None = None
+    """How many random and optuna try. Default: 24."""
+    batch: PositiveCount | None = None
+    """How many optuna asks for at a time, which are packed and trained side by side. Default: a quarter of them."""
+    sampler: Literal["tpe", "gp", "nsga2"] = "tpe"
+    """Of optuna: tree-structured Parzen estimator, Gaussian process, or a genetic algorithm."""
+    objectives: Annotated[tuple[Objective, ...], Field(min_length=1), _list_without_repeats(Objective)] = (
+        "accuracy",
+        "sparsity",
+    )
+    """What optuna raises: validation accuracy before pruning; sparsity after its scan, of a point inside the margin."""
     points_per_trial: Literal["auto"] | PositiveCount = "auto"
     """Grid points that one Ray Tune trial trains together; auto keeps all devices busy within their memory."""
     max_failures: Count = 2
     """How often a pack or a threshold scan is tried again after a fault of the machine, such as a dead process."""
+
+    @property
+    def num_points(self) -> int:
+        """How many points a searched task tries."""
+        if self.algorithm == "grid":
+            return len(self.alpha) * len(self.learning_rate)
+        return self.points or DRAWN_POINTS
+
+    @property
+    def batch_size(self) -> int:
+        """How many points are decided at a time."""
+        return min(self.num_points, self.batch or math.ceil(self.num_points / 4))
+
+    @property
+    def ranges(self) -> dict[str, Range]:
+        """What is drawn, by name: `alpha`, or `alpha[LAYER]` by number or pattern, and `learning_rate`."""
+        parts = _parts(self.alpha[0]) | {"learning_rate": self.learning_rate[0]}
+        return {name: part for name, part in parts.items() if isinstance(part, Range)}
+
+    @property
+    def grid(self) -> list[tuple[AlphaValue, float]]:
+        """Every alpha with every learning rate, in order."""
+        return [(alpha, rate) for alpha in self.alpha for rate in self.learning_rate if not isinstance(rate, Range)]
+
+    def at(self, drawn: Mapping[str, float]) -> tuple[AlphaValue, float]:
+        """Alpha and learning rate with values in place of their ranges."""
+        alpha, rate = self.alpha[0], drawn.get("learning_rate", self.learning_rate[0])
+        values: list[Any] = [drawn.get(name, part) for name, part in _parts(alpha).items()]
+        assert not isinstance(rate, Range), "every range is drawn"
+        if isinstance(alpha, dict):
+            return dict(zip(alpha, values, strict=True)), rate
+        return tuple(values) if isinstance(alpha, tuple) else values[0], rate
 
 
 class ForgettingConfig(_Section):
@@ -631,9 +722,10 @@ class Sweep(_Section):
         faults = [fault for index, each in enumerate(self.search.alpha) for fault in _alpha_faults(index, each, layers)]
         if faults:
             raise InputError("\n".join(faults))
-        if isinstance(alpha, dict):
-            return tuple(next(alpha[each] for each in alpha if fnmatchcase(layer, each)) for layer in layers)
-        return alpha if isinstance(alpha, tuple) else (alpha,) * len(layers)
+        parts = _parts(alpha)
+        values = [parts[name] for name in alpha_parts(alpha, layers)]
+        assert not any(isinstance(each, Range) for each in values), "every range is drawn"
+        return tuple(float(each) for each in values if not isinstance(each, Range))
 
     def to_yaml(self) -> str:
         """The resolved sweep, every default written out."""
@@ -654,7 +746,7 @@ class Sweep(_Section):
             "network": self.network.model_dump(mode="json"),
             "head": self.head.model_dump(mode="json"),
             "training": self.training.model_dump(mode="json"),
-            "search": self.search.model_dump(mode="json", include={"tasks", "alpha", "learning_rate"}),
+            "search": self.search.model_dump(mode="json", include={*SEARCHED, *SEARCHED_BY[self.search.algorithm]}),
             "forgetting": self.forgetting.model_dump(mode="json"),
         }
         if self.capacity.on_depletion == "expand":
@@ -716,6 +808,14 @@ class Sweep(_Section):
         return {key: each for key, each in values.items() if any(value != each[0] for value in each)}
 
 
+# Of `search`, what decides a task's points; the rest says how they are trained.
+SEARCHED = ("tasks", "alpha", "learning_rate")
+SEARCHED_BY = {
+    "grid": (),
+    "random": ("algorithm", "points"),
+    "optuna": ("algorithm", "points", "batch", "sampler", "objectives"),
+}
+DRAWN_POINTS = 24
 # What a fork may change: what was decided before its first own task stays as it was.
 FORKED_SECTIONS = ("training", "search", "forgetting")
 
@@ -806,6 +906,46 @@ def _faults_between_sections(raw: dict[str, Any]) -> Iterator[str]:
         yield from _scenario_faults(scenario, kind, raw.get("network"))
 
 
+def _parts(alpha: AlphaValue) -> dict[str, AlphaPart]:
+    """The numbers and ranges of an alpha, by name."""
+    if isinstance(alpha, dict):
+        return {f"alpha[{pattern}]": part for pattern, part in alpha.items()}
+    return (
+        {f"alpha[{index}]": part for index, part in enumerate(alpha)} if isinstance(alpha, tuple) else {"alpha": alpha}
+    )
+
+
+def alpha_parts(alpha: AlphaValue, layers: Sequence[str]) -> list[str]:
+    """For each layer, the name of the part of an alpha that is its own, as in `SearchConfig.ranges`."""
+    if isinstance(alpha, dict):
+        return [f"alpha[{next(each for each in alpha if fnmatchcase(layer, each))}]" for layer in layers]
+    return [f"alpha[{index}]" if isinstance(alpha, tuple) else "alpha" for index in range(len(layers))]
+
+
+def _search_faults(search: SearchConfig) -> Iterator[str]:
+    """Settings of an algorithm that another one is asked for, and ranges that there is nothing to draw from."""
+    drawn = search.algorithm != "grid"
+    for key in ("alpha", "learning_rate"):
+        values = getattr(search, key)
+        if drawn and len(values) > 1:
+            yield (
+                f"search.{key}: {len(values)} values; allowed with algorithm: {search.algorithm}: one, "
+                "which may be a range {low: , high: }"
+            )
+        for index, value in enumerate(values):
+            parts = _parts(value).values()
+            if not drawn and any(isinstance(part, Range) for part in parts):
+                yield f"search.{key}[{index}]: a range; allowed with algorithm: random or optuna"
+    if drawn and not search.ranges:
+        yield f"search.alpha: no range to draw from; allowed with algorithm: {search.algorithm}: {{low: , high: }}"
+    for key, allowed in (("points", ("random", "optuna")), ("batch", ("optuna",))):
+        if getattr(search, key) is not None and search.algorithm not in allowed:
+            yield (
+                f"search.{key}: {getattr(search, key)}; allowed with algorithm: {' or '.join(allowed)}, "
+                f"not with {search.algorithm}"
+            )
+
+
 def _alpha_faults(index: int, alpha: AlphaValue, layers: Sequence[str]) -> Iterator[str]:
     """How an alpha of the grid does not fit a network's layers."""
     key, names = f"search.alpha[{index}]", shorten(", ".join(layers), 200, placeholder="...")
@@ -849,10 +989,12 @@ def _scenario_faults(scenario: dict[str, Any], kind: Kind, network: Any) -> Iter
 
 def _grid_faults(sweep: Sweep) -> Iterator[str]:
     """Alphas that do not fit the network, as far as its layers are known, or values that give a point twice."""
+    misused = list(_search_faults(sweep.search))
+    yield from misused
     layers, alphas = sweep.network.layer_names, sweep.search.alpha
     misfits = [fault for index, each in enumerate(alphas) for fault in _alpha_faults(index, each, layers) if layers]
     yield from misfits
-    known = layers and not misfits
+    known = layers and not misfits and not misused and sweep.search.algorithm == "grid"
     grids: dict[str, list[Any]] = {
         "alpha": [sweep.layer_alphas(alpha, layers) for alpha in alphas] if known else [*alphas],
         "learning_rate": [*sweep.search.learning_rate],

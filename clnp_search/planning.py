@@ -13,7 +13,8 @@ import torch
 from clnp_search.errors import InputError
 from clnp_search.records import Environment, Point, TaskPlan, TaskResult
 from clnp_search.search.capacity import Capacity
-from clnp_search.search.points import MemoryEstimate, grid, training_flop
+from clnp_search.search.points import MemoryEstimate, training_flop
+from clnp_search.search.proposals import first_points
 from clnp_search.search.trial import TaskInputs, measure_step
 from clnp_search.sequence import TaskSequence, plan_packs, reused_point
 from clnp_search.storage import RunFolder
@@ -46,11 +47,14 @@ class PlannedTask:
     """A task that is not committed yet.
 
     Args:
+        points: Those that are known; Optuna proposes others on their results.
+        num_points: In all.
         seconds: About how long it will take; None if there is nothing to tell it from.
     """
 
     index: int
     points: tuple[Point, ...]
+    num_points: int
     packs: tuple[tuple[int, ...], ...]
     memory: MemoryEstimate
     seconds: float | None
@@ -100,7 +104,9 @@ def plan_run(sequence: TaskSequence, folder: RunFolder, capacity: Capacity, meas
     else:
         pace = _assumed(sequence)
     tasks = [
-        PlannedTask(each.index, each.points, each.packs, each.memory, each.seconds(pace) if pace else None)
+        PlannedTask(
+            each.index, each.points, each.num_points, each.packs, each.memory, each.seconds(pace) if pace else None
+        )
         for each in left
     ]
     return RunPlan(done, tuple(tasks), pace.source if pace else "")
@@ -132,14 +138,16 @@ class _Workload:
             self.points, self.packs = plan.points, plan.packs
         else:
             chosen = reused_point(folder, sweep, index) if folder.read_results() else None
-            self.points = grid(sweep, chosen, architecture.graph.layers)
+            self.points = first_points(sweep, index, chosen, architecture.graph.layers)
             if index and sweep.search.tasks == "first" and chosen is None:
                 self.points = self.points[:1]  # which one will be chosen is not known; any costs the same
             self.packs = plan_packs(sweep, self.points, self.memory, capacity.num_slots, capacity.slot_bytes)
+        searched = index == 0 or sweep.search.tasks == "every"
+        self.num_points = max(len(self.points), sweep.search.num_points if searched else 0)
         sample_flop = training_flop(architecture, active, data.info.num_classes)
         steps = math.ceil(len(data.train) / sweep.training.batch_size)
         # Trials of one wave train side by side, so a task takes as long as its largest pack, wave after wave.
-        self.waves = math.ceil(len(self.packs) / capacity.num_slots)
+        self.waves = math.ceil(len(self.packs) / capacity.num_slots) * math.ceil(self.num_points / len(self.points))
         self.pack_size = max(len(pack) for pack in self.packs)
         self.step_flop = self.pack_size * sample_flop * sweep.training.batch_size
         # Validation is a third of training's arithmetic, and the scan takes less than one epoch. Fine-tuning is counted

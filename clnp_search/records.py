@@ -28,12 +28,17 @@ class Point:
 
     @property
     def name(self) -> str:
-        """The point's name in files and tables, for example `p003`."""
-        return f"p{self.index:03d}"
+        """The point's name in files and tables."""
+        return point_name(self.index)
 
     def name_in(self, round: int) -> str:
         """Its name in the files of a fine-tune round; in round 0, the search itself, its own."""
         return f"{self.name}-round{round}" if round else self.name
+
+
+def point_name(index: int) -> str:
+    """The name of a task's point in files and tables, for example `p003`."""
+    return f"p{index:03d}"
 
 
 @dataclass(frozen=True)
@@ -132,6 +137,21 @@ class PackProgress:
     epochs_done: dict[int, int]
     best: tuple[int, float] | None = None
     failed: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a point, as far as it tells which ones to try next.
+
+    Args:
+        accuracy: Validation accuracy before pruning, as a fraction; None if the point failed.
+        sparsity: After its scan; 0 outside the margin.
+        outside: By how much accuracy, pruned as little as can be, is outside the margin; 0 or less inside.
+    """
+
+    accuracy: float | None
+    sparsity: float = 0.0
+    outside: float = 0.0
 
 
 @dataclass(frozen=True)

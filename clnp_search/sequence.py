@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cached_property
 from importlib.metadata import version
 from typing import TYPE_CHECKING
@@ -31,8 +31,10 @@ from clnp_search.clnp.subnetwork import Subnetwork, subnetworks
 from clnp_search.config import Sweep
 from clnp_search.errors import InputError, MachineFault
 from clnp_search.listener import Listener
+from clnp_search.pareto import pareto_front
 from clnp_search.records import (
     Environment,
+    Outcome,
     PackProgress,
     Point,
     PointRecord,
@@ -51,12 +53,12 @@ from clnp_search.search.points import (
     MemoryEstimate,
     auto_points_per_trial,
     estimate_memory,
-    grid,
     pack_points,
     point_key,
     retrained,
     round_plan,
 )
+from clnp_search.search.proposals import agree, as_points, first_points
 from clnp_search.search.trial import RunInputs
 from clnp_search.storage import RunFolder
 from clnp_search.tasks import Split, Task, TaskData
@@ -206,7 +208,7 @@ class Runner:
         """
         self._sequence.check()
         architecture = self._sequence.architecture
-        self._packs(grid(self._sweep, None, architecture.graph.layers), 0, architecture, {})
+        self._packs(first_points(self._sweep, 0, None, architecture.graph.layers), 0, architecture, {})
 
     def run(self) -> Summary:
         """Commits every task that is not committed yet. Whatever is raised, what is finished stays, and can be resumed.
@@ -288,7 +290,7 @@ class Runner:
         sweep, folder = self._sweep, self._folder
         plan = self._plan(index, state)
         inputs = self._cluster.share((plan, state, self._sequence.drawn(index)))
-        records = yield from self._train(plan, inputs)
+        plan, inputs, records = yield from self._search(plan, inputs, state)
         limit, inside = selection.candidates(records, sweep.forgetting.margin)
         rounds = [self._scan(plan, inputs, inside, limit)]
         last = records
@@ -335,32 +337,89 @@ class Runner:
 
     def _plan(self, index: int, state: State) -> TaskPlan:
         """The task's recorded plan, or a new one."""
-        points = grid(self._sweep, reused_point(self._folder, self._sweep, index), state.graph.layers)
+        sweep, layers, reused = self._sweep, state.graph.layers, reused_point(self._folder, self._sweep, index)
         existing = self._sequence.read_plan(self._folder, index, state.digest)
         if existing is not None:
-            if existing.points != points:
-                raise RuntimeError(f"{self._folder.uri}: task {index} was planned with another grid than the sweep's")
+            if not agree(sweep, index, reused, layers, existing.points):
+                raise RuntimeError(f"{self._folder.uri}: task {index} was planned with other points than the sweep's")
             return self._adopt(existing)
         plan = TaskPlan(
             task=index,
             name=self._sequence.task(index).name,
             parent_digest=state.digest,
-            points=points,
-            keys=tuple(self._sequence.key(state, index, point) for point in points),
-            packs=self._packs(points, index, state.architecture, active_units(state)),
+            points=(),
+            keys=(),
+            packs=(),
             environment=self._environment(),
             settings=self._sweep.settings,
             data_digest=self._sequence.data_digest(index),
             numerics=NUMERICS,
             started=time.time(),
         )
+        return self._extended(plan, first_points(sweep, index, reused, layers), state)
+
+    def _extended(self, plan: TaskPlan, points: tuple[Point, ...], state: State) -> TaskPlan:
+        """A task's plan with more points; written down before any of them is trained."""
+        keys = tuple(self._sequence.key(state, plan.task, point) for point in points)
+        packs = self._packs(points, plan.task, state.architecture, active_units(state))
+        plan = replace(plan, points=plan.points + points, keys=plan.keys + keys, packs=plan.packs + packs)
         if fork := self._folder.read_fork():
             try:
                 take_over(self._folder, RunFolder(fork.origin), plan)
             except (OSError, RuntimeError, ValueError) as error:
-                logger.warning("task %d: not all points can be taken over: %s", index, error)
+                logger.warning("task %d: not all points can be taken over: %s", plan.task, error)
         self._folder.write_plan(plan)
         return plan
+
+    def _search(
+        self, plan: TaskPlan, inputs: ObjectRef, state: State
+    ) -> Program[tuple[TaskPlan, ObjectRef, list[PointRecord]]]:
+        """Trains all points of a task, batch after batch where Optuna proposes them."""
+        sweep, search, layers = self._sweep, self._sweep.search, state.graph.layers
+        records = yield from self._train(plan, inputs)
+        if search.algorithm != "optuna" or (plan.task and search.tasks == "first"):
+            return plan, inputs, records
+        from clnp_search.search.study import Study  # not above: few runs need Optuna, whose import is slow
+
+        while True:
+            study = Study(search, sweep.seed, plan.task, layers)
+            for end in range(search.batch_size, len(records) + search.batch_size, search.batch_size):
+                batch = records[end - search.batch_size : end]
+                study.tell([record.point for record in batch], self._outcomes(plan, inputs, records[:end], batch))
+            left = min(search.batch_size, search.num_points - len(plan.points))
+            proposed = study.propose(left)
+            self._folder.write_study(plan.task, study.to_bytes())
+            if not left:
+                return plan, inputs, records
+            plan = self._extended(plan, as_points(sweep, layers, proposed, len(plan.points)), state)
+            inputs = self._cluster.share((plan, state, self._sequence.drawn(plan.task)))
+            records = yield from self._train(plan, inputs)
+
+    def _outcomes(
+        self, plan: TaskPlan, inputs: ObjectRef, records: Sequence[PointRecord], batch: Sequence[PointRecord]
+    ) -> list[Outcome]:
+        """What Optuna is told of a batch: how it compares with the best point so far, after the scans that says.
+
+        Args:
+            records: Of all points so far, the batch's last.
+        """
+        rules = self._sweep.forgetting
+        scans: dict[int, ScanRecord] = {}
+        limit = 0
+        if "sparsity" in self._sweep.search.objectives and any(record.status == "done" for record in records):
+            limit, inside = selection.candidates(records, rules.margin)
+            own = [record for record in inside if record in batch]
+            scans = {scan.point: scan for scan in self._scan(plan, inputs, own, limit)}
+        outcomes = []
+        for record in batch:
+            if record.status != "done":
+                outcomes.append(Outcome(None))
+                continue
+            scan = scans.get(record.point.index)
+            sparsity = selection.SPARSITY[rules.sparsity](scan) if scan and scan.theta is not None else 0.0
+            correct = scan.val_correct if scan else record.val_correct
+            outcomes.append(Outcome(record.val_accuracy, sparsity, (limit - correct) / record.val_total))
+        return outcomes
 
     def _round(self, plan: TaskPlan, scans: Sequence[ScanRecord], state: State) -> TaskPlan:
         """The next fine-tune round: what it trains follows from what is recorded, and so does it on a resume."""
@@ -479,7 +538,9 @@ class Runner:
                     **({"rounds": json.dumps(steps[record.point.index])} if len(rounds) > 1 else {}),
                 }
             )
-        self._folder.write_points_table(task, rows)
+        self._folder.write_table(task, "points", rows)
+        front = [asdict(model) | {"theta": json.dumps(model.theta)} for model in pareto_front(rounds[0])]
+        self._folder.write_table(task, "pareto", front)
         for scan in rounds[0]:
             name = next(record.point.name for record in records if record.point.index == scan.point)
             self._folder.write_curve(task, name, scan.curve, layers)

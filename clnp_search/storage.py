@@ -323,9 +323,15 @@ class RunFolder:
         """Has a task choose again."""
         self.delete(f"{_task(task)}/selection.json")
 
-    def write_points_table(self, task: int, rows: list[dict[str, Any]]) -> None:
-        """Writes `points.csv`, one row a grid point, from which a reader can redo the choice by hand."""
-        self.write(f"{_task(task)}/points.csv", _to_csv(rows))
+    def write_study(self, task: int, data: bytes) -> None:
+        """Replaces `study.log`, a task's Optuna study as a journal; read by people and optuna-dashboard alone."""
+        self.write(f"{_task(task)}/study.log", data)
+
+    def write_table(self, task: int, name: str, rows: list[dict[str, Any]]) -> None:
+        """Writes a table of a task as NAME.csv: `points`, one row a point, from which the choice can be redone by hand;
+        `pareto`, the models that no other one beats in both accuracy and sparsity.
+        """
+        self.write(f"{_task(task)}/{name}.csv", _to_csv(rows))
 
     def write_curve(
         self, task: int, name: str, curve: Sequence[CurveStep], layers: Sequence[str], layer: int = 0
@@ -353,7 +359,7 @@ class RunFolder:
             if results := self.read_results():
                 paths.append(f"{_task(results[-1].index)}/state.safetensors")
         else:
-            own = [f"{_task(task)}/points.csv", f"{_task(task)}/selection.json"]
+            own = [f"{_task(task)}/{name}" for name in ("points.csv", "pareto.csv", "selection.json", "study.log")]
             paths = [*own, *self._list(f"{_task(task)}/curves"), *self.figures(task)]
         shown = {re.sub(r"^tasks/\d+/", "", path): path for path in paths}
         return {name: path for name, path in shown.items() if self.exists(path)}

@@ -19,7 +19,7 @@ from clnp_search.clnp.subnetwork import Subnetwork
 from clnp_search.config import sweep_of
 from clnp_search.errors import InputError
 from clnp_search.records import TaskPlan, TaskResult, summarise
-from clnp_search.search.points import grid
+from clnp_search.search.proposals import agree
 from clnp_search.sequence import TaskSequence, count_units, num_correct, reused_point, selected
 from clnp_search.storage import RunFolder
 
@@ -144,8 +144,8 @@ class _Proof:
         if plan is None:
             raise ValueError("plan.json is missing")
         sweep = sweep_at(self._folder, self._sequence.sweep, plan)
-        if plan.points != grid(sweep, reused_point(self._folder, sweep, task), layers):
-            raise ValueError("its points are not the sweep's grid")
+        if not agree(sweep, task, reused_point(self._folder, sweep, task), layers, plan.points):
+            raise ValueError("its points are not those of the sweep")
         return plan
 
     def _choice(self, plan: TaskPlan) -> tuple[FreeParameters, Chosen]:

@@ -55,7 +55,8 @@ from clnp_search.records import (
     Units,
     summarise,
 )
-from clnp_search.search.points import grid, pack_points
+from clnp_search.search.points import pack_points
+from clnp_search.search.proposals import first_points
 from clnp_search.search.trial import RunInputs, TaskInputs
 from clnp_search.selection import candidates, choose
 from clnp_search.sequence import TaskSequence, count_units
@@ -364,7 +365,7 @@ def make_inputs(
     )
     sequence = TaskSequence(sweep)
     state = sequence.empty_state()
-    points = grid(sweep, None, state.graph.layers)
+    points = first_points(sweep, 0, None, state.graph.layers)
     keys = tuple(sequence.key(state, 0, point) for point in points)
     environment = Environment("cpu", 1, "float32", torch.__version__, "test")
     plan = TaskPlan(0, "first", state.digest, points, keys, pack_points(points, len(points)), environment)
@@ -387,7 +388,7 @@ def write_run(folder: RunFolder, sweep: Sweep, num_tasks: int = 2) -> Iterator[s
     folder.write_sweep(sweep.to_yaml())
     state = State.empty(sweep.architecture((3,)))
     layers = tuple(state.graph.groups)
-    points = grid(sweep, None, state.graph.layers)
+    points = first_points(sweep, 0, None, state.graph.layers)
     results: tuple[TaskResult, ...] = ()
     folder.write_summary(summarise(folder.name, "running", sweep.seed, state.digest, results))
     yield "began"
@@ -446,7 +447,7 @@ def write_run(folder: RunFolder, sweep: Sweep, num_tasks: int = 2) -> Iterator[s
             row |= {"theta": json.dumps(found.theta) if found else ""}
             row |= {"pruned_val_accuracy": found.val_accuracy if found else ""}
             rows.append(row | {"unit_sparsity": found.unit_sparsity if found else ""})
-        folder.write_points_table(task, rows)
+        folder.write_table(task, "points", rows)
         for scan in scans:
             folder.write_curve(task, points[scan.point].name, scan.curve, layers)
         yield f"chosen {task}"

@@ -713,3 +713,58 @@ def test_a_sweep_of_margins_and_repetitions_is_a_sequence_for_each() -> None:
 def test_margins_and_repetitions_that_are_none_are_named(values: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=next(iter(values))):
         make_sweep(**values)
+
+
+# Ranges
+
+
+RANGE = "{low: 1e-6, high: 1e-3}"
+
+
+@pytest.mark.parametrize("algorithm", ["random", "optuna"])
+@pytest.mark.parametrize("alpha", [RANGE, f"[{RANGE}]", f"[[{RANGE}, 1e-5, 0]]", f"{{hidden0: {RANGE}, '*': 1e-5}}"])
+def test_a_sweep_with_ranges_is_written_and_read_back_the_same(tmp_path: Path, alpha: str, algorithm: str) -> None:
+    sweep = load_sweep(
+        written(tmp_path, f"{SMALLEST}search: {{algorithm: {algorithm}, alpha: {alpha}, learning_rate: 0.01}}\n")
+    )
+    assert parse_sweep(plain(sweep.to_yaml()), "again") == sweep
+    assert [(each.low, each.high) for each in sweep.search.ranges.values()] == [(1e-6, 1e-3)]
+
+
+@pytest.mark.parametrize(
+    ("search", "said"),
+    [
+        (f"alpha: {RANGE}", "search.alpha[0]: a range; allowed with algorithm: random or optuna"),
+        (
+            f"learning_rate: [0.1, {RANGE}]",
+            "search.learning_rate[1]: a range; allowed with algorithm: random or optuna",
+        ),
+        (f"algorithm: random, alpha: [{RANGE}, 0.1], learning_rate: 0.1", "search.alpha: 2 values; allowed with "),
+        (f"algorithm: random, alpha: {RANGE}", "search.learning_rate: 2 values; allowed with algorithm: random: one"),
+        ("algorithm: optuna, alpha: 0, learning_rate: 0.1", "search.alpha: no range to draw from; allowed with "),
+        ("points: 12", "search.points: 12; allowed with algorithm: random or optuna, not with grid"),
+        (
+            f"algorithm: random, alpha: {RANGE}, learning_rate: 1, batch: 2",
+            "search.batch: 2; allowed with algorithm: op",
+        ),
+        (
+            "alpha: {low: 1e-3, high: 1e-6}",
+            "search.alpha[0]: {'low': 0.001, 'high': 1e-06}: low: 0.001 is not below high: 1e-06",
+        ),
+        ("alpha: {low: 0, high: 1e-6}", "search.alpha[0].low: 0: input should be greater than 0"),
+        ("learning_rate: {low: 1, high: 2e-3}", "search.learning_rate[0]: {'low': 1, 'high': 0.002}: low: 1 is not "),
+        ("objectives: [speed]", "search.objectives[0]: "),
+    ],
+)
+def test_a_search_that_cannot_draw_is_refused(tmp_path: Path, search: str, said: str) -> None:
+    assert faults(tmp_path, f"{SMALLEST}search: {{{search}}}\n")[1].startswith(said)
+
+
+def test_what_the_algorithm_does_not_use_is_no_setting_that_decides(tmp_path: Path) -> None:
+    grid = load_sweep(written(tmp_path, SMALLEST))
+    assert not {"search.algorithm", "search.points", "search.sampler"} & grid.settings.keys()
+    random = load_sweep(
+        written(tmp_path, f"{SMALLEST}search: {{algorithm: random, alpha: {RANGE}, learning_rate: 0.01}}\n")
+    )
+    assert random.settings["search.algorithm"] == "random"
+    assert "search.sampler" not in random.settings

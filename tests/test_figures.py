@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
+from clnp_search.pareto import pareto_front
 from clnp_search.records import CurveStep, Selection, TaskResult, Units, summarise
 from clnp_search.report.figures import (
     CHOSEN,
@@ -244,8 +245,21 @@ def test_sparsity_figure_tells_alphas_by_colour_and_learning_rates_by_marker() -
     figure = accuracy_against_sparsity("run", "Task 0", RECORDS, SCANS, CHOICE)
     texts = [text.get_text() for text in figure.legends[0].get_texts()]
     assert texts[:3] == ["α = 1e-6", "α = 1e-5", "α = 1e-3"]  # 1e-4 is the chosen one's, which has a colour of its own
-    assert texts[3:5] == ["lr = 0.001", "lr = 0.002"]
+    assert texts[3:6] == ["Pareto front", "lr = 0.001", "lr = 0.002"]
     assert texts[-1] == "chosen: p002\nα = 1e-4\nlr = 0.001"
+
+
+def test_learning_rates_that_were_drawn_are_not_told_apart() -> None:
+    drawn = [make_record(5 + index, 9000, point=make_point(5 + index, learning_rate=0.1 * index)) for index in range(9)]
+    records = [*RECORDS, *drawn]
+    figure = accuracy_against_sparsity("run", "Task 0", records, SCANS, CHOICE)
+    assert not any("lr" in text.get_text().split("\n")[0] for text in figure.legends[0].get_texts())
+
+
+def test_the_pareto_front_is_drawn_as_steps_from_the_sparsest_model_on() -> None:
+    (axes,) = accuracy_against_sparsity("run", "Task 0", RECORDS, SCANS, CHOICE).axes
+    (steps,) = [line for line in axes.lines if line.get_drawstyle() == "steps-post"]
+    assert path_of(steps) == [(model.unit_sparsity, model.val_accuracy) for model in pareto_front(SCANS)]
 
 
 def test_runs_are_compared_by_their_last_accuracies_and_by_what_they_leave_free() -> None:

@@ -21,7 +21,7 @@ LEVELS = [
     {"sequence"},
     {"agreement", "listener"},
     {"search", "selection", "tracking", "report", "progress"},
-    {"forecast"},
+    {"forecast", "pareto"},
     {"config", "lease"},
     {"tasks", "storage"},
     {"clnp"},

@@ -422,7 +422,7 @@ def table(folder: RunFolder, path: str) -> list[dict[str, Any]]:
 
 def test_the_points_table_is_csv_with_lists_as_json(folder: RunFolder) -> None:
     row = {"point": "p000", "alpha": "[1e-06, 0.1]", "learning_rate": 0.001, "theta": "", "selected": True}
-    folder.write_points_table(2, [row, row | {"point": "p001"}])
+    folder.write_table(2, "points", [row, row | {"point": "p001"}])
     text = folder.read("tasks/002/points.csv").decode()
     assert text.splitlines()[0] == "point,alpha,learning_rate,theta,selected"
     again = table(folder, "tasks/002/points.csv")

@@ -291,7 +291,7 @@ def drive(sweep: Sweep, folder: RunFolder, address: str, retry_failed: bool = Fa
             if begun:
                 held.enter_context(lease)
             loading = ThreadPoolExecutor(1).submit(_load, sweep)  # not waited for where it is not needed any more
-            num_points = len(sweep.search.alpha) * len(sweep.search.learning_rate)
+            num_points = sweep.search.batch_size if sweep.search.algorithm == "optuna" else sweep.search.num_points
             with connect(address, sweep.resources, num_points) as cluster:
                 _handle_signals()  # again, because ray.init puts its own handler of SIGTERM in place
                 sequence = loading.result()

@@ -56,14 +56,14 @@ def plan(
     found = plan_run(sequence, folder, capacity, measure)
     following = found.tasks[0] if found.tasks else None
     points, packs = (following.points, following.packs) if following else ((), ())
-    num_points = sum(result.points for result in found.done) + sum(len(task.points) for task in found.tasks)
+    num_points = sum(result.points for result in found.done) + sum(task.num_points for task in found.tasks)
     known = [task.seconds for task in found.tasks if task.seconds is not None]
     document: dict[str, Any] = {
         "run": folder.uri,
         "sequences": list(members),
         "tasks": len(sequence),
         "tasks_done": len(found.done),
-        "points_per_searched_task": len(sweep.search.alpha) * len(sweep.search.learning_rate),
+        "points_per_searched_task": sweep.search.num_points,
         "points_in_all": num_points,
         "packs": [[points[index].name for index in pack] for pack in packs],
         "points": [
@@ -88,7 +88,7 @@ def plan(
     )
     if len(members) > 1:
         out.print(f"the first of {len(members)} sequences: {', '.join(members)}", highlight=False)
-    searched = count(document["points_per_searched_task"], "grid point")
+    searched = count(sweep.search.num_points, "grid point" if sweep.search.algorithm == "grid" else "point")
     out.print(f"{count(len(found.done), 'task')} done; {searched} a searched task, {num_points} in all")
     if following is None:
         return
@@ -112,6 +112,9 @@ def plan(
             point.name, str(pack), " ".join(f"{value:g}" for value in point.alpha), f"{point.learning_rate:g}"
         )
     out.print(table)
+    if following.num_points > len(points):
+        later = count(following.num_points - len(points), "point")
+        out.print(f"then {later} more, which Optuna proposes on the results of those before")
 
 
 def schema() -> None:

@@ -78,7 +78,9 @@ class LiveView(Listener):
         self._records, self._progress = {record.point.index: record for record in finished}, PackProgress({})
         self._share_before = self._share()
         note = f", {len(finished)} of them finished before" if finished else ""
-        points, packs = count(len(plan.trained), "point"), count(len(plan.packs), "pack")
+        number = len(plan.trained)
+        of_all = f" of {self._num_points}" if number < self._num_points else ""
+        points, packs = f"{count(number, 'point')}{of_all}", count(len(plan.packs), "pack")
         stage = f"{self._stage}: " if plan.round else ""
         self._line(f"{self._task()} ({plan.name}): {stage}{points} in {packs}{note}{self._left('; ')}")
         self._say_tracking()
@@ -150,6 +152,20 @@ class LiveView(Listener):
         in_round = self._plan is not None and self._plan.round
         return self._sweep.forgetting.finetune_epochs if in_round else self._sweep.training.epochs
 
+    @property
+    def _num_searched(self) -> int:
+        """Of the search of this task."""
+        assert self._plan is not None
+        search, points = self._sweep.search, len(self._plan.points)
+        grows = search.algorithm == "optuna" and (search.tasks == "every" or self._plan.task == 0)
+        return max(points, search.num_points) if grows else points
+
+    @property
+    def _num_points(self) -> int:
+        """Of this task, or of its fine-tune round; Optuna's are not all known from the start."""
+        assert self._plan is not None
+        return len(self._plan.trained) if self._plan.round else self._num_searched
+
     def _epochs(self, point: int) -> int:
         """Finished epochs of a point of this task."""
         if point in self._records:
@@ -161,13 +177,13 @@ class LiveView(Listener):
         if self._plan is None:
             return 0.0
         done = sum(self._epochs(point.index) for point in self._plan.trained)
-        return done / (self._num_epochs * len(self._plan.trained))
+        return done / (self._num_epochs * self._num_points)
 
     def _trained(self) -> str:
         assert self._plan is not None
         points, epochs = self._plan.trained, self._num_epochs
         trained = sum(self._epochs(point.index) == epochs for point in points)
-        return f"{trained} of {count(len(points), 'point')} trained, {self._share():.0%} of the epochs"
+        return f"{trained} of {count(self._num_points, 'point')} trained, {self._share():.0%} of the epochs"
 
     def _best(self) -> str:
         """The point that is ahead, with what it was trained with."""
@@ -191,7 +207,7 @@ class LiveView(Listener):
         if self._plan is None:
             return ""
         elapsed, share = time.monotonic() - self._task_started, self._share()
-        points = len(self._plan.trained) * (1 - self._share_before)  # that were left to train
+        points = self._num_points * (1 - self._share_before)  # that were left to train
         if share < 1 and share - self._share_before > 0.05:
             rest = elapsed * (1 - share) / (share - self._share_before)
         elif self._point_s is not None:
@@ -202,7 +218,7 @@ class LiveView(Listener):
             return ""
         point_s = self._point_s if self._point_s is not None else (elapsed + rest) / points
         later = self._num_tasks - self._plan.task - 1
-        later_points = 1 if self._sweep.search.tasks == "first" else len(self._plan.points)
+        later_points = 1 if self._sweep.search.tasks == "first" else self._num_searched
         return f"{before}about {duration(max(1.0, rest + later * later_points * point_s))} left"
 
     # What is shown, as a picture

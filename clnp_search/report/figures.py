@@ -27,6 +27,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, SymmetricalLogLocator
 from matplotlib.typing import ColorType
 
 from clnp_search.config import sweep_of
+from clnp_search.pareto import pareto_front
 from clnp_search.records import PointRecord, ScanRecord, Selection, Summary, TaskResult
 from clnp_search.storage import RunFolder
 
@@ -62,6 +63,7 @@ STYLE: Any = {
 LIMIT: dict[str, Any] = {"color": INK, "linewidth": 0.9, "linestyle": (0, (5, 3)), "zorder": 2}
 CENTRED: dict[str, Any] = {"ha": "center", "va": "center", "size": 7.5}
 OWN: dict[str, Any] = {"color": CHOSEN, "linewidth": 1, "linestyle": (0, (1, 1)), "zorder": 3}
+FRONT: dict[str, Any] = {"color": INK, "linewidth": 1.4, "drawstyle": "steps-post", "zorder": 3.5}
 MAX_ALPHAS = 10  # in a legend; of more, some that are evenly spaced
 MANY = 6  # layers from which on each has a narrow row
 
@@ -82,11 +84,8 @@ def draw_task(folder: RunFolder, run: str, result: TaskResult) -> dict[str, Figu
     """The figures of a committed task, by name; none if it was chosen by another rule, before a fork."""
     task = result.index
     plan, selection = folder.read_plan(task), folder.read_selection(task)
-    if plan is None or selection is None:
-        return {}
-    asked = sweep_of(folder).forgetting.rule, selection.min_correct
-    scans = [scan for each in selection.candidates if (scan := folder.read_scan(task, each, *asked)) is not None]
-    if all(scan.point != selection.chosen for scan in scans):
+    scans = scans_of(folder, task)
+    if plan is None or selection is None or not scans:
         return {}
     records = [record for point in plan.points if (record := folder.read_point(task, point.name)) is not None]
     title = f"Task {task}: {result.name}"
@@ -94,6 +93,16 @@ def draw_task(folder: RunFolder, run: str, result: TaskResult) -> dict[str, Figu
         "sparsity": accuracy_against_sparsity(run, title, records, scans, selection),
         "thresholds": threshold_curves(run, title, records, scans, selection, tuple(result.units)),
     }
+
+
+def scans_of(folder: RunFolder, task: int) -> list[ScanRecord]:
+    """The scans that a task has chosen by; none if that was by another rule, before a fork."""
+    selection = folder.read_selection(task)
+    if selection is None:
+        return []
+    asked = sweep_of(folder).forgetting.rule, selection.min_correct
+    scans = [scan for each in selection.candidates if (scan := folder.read_scan(task, each, *asked)) is not None]
+    return scans if any(scan.point == selection.chosen for scan in scans) else []
 
 
 def to_png(figure: Figure) -> bytes:
@@ -290,10 +299,12 @@ def accuracy_against_sparsity(
     """Accuracy and sparsity of every candidate, pruned as far as the margin allows, on the curves of its scan.
 
     Points that were outside the margin before pruning were not scanned: their accuracies are ticks at the left edge.
+    The black steps are the Pareto front: no model that was evaluated beats those on it in both.
     """
     task = _Task(records, selection, scans[0].val_total)
     rates = sorted({record.point.learning_rate for record in records})
-    markers = dict(zip(rates, itertools.cycle(MARKERS), strict=False))
+    told_apart = len(rates) <= len(MARKERS)  # more are draws from a range, of which each has its own
+    markers = dict(zip(rates, MARKERS if told_apart else itertools.repeat("o"), strict=False))
     figure = _figure(run, 7.2, 4.0)
     axes = figure.add_subplot()
     for scan in scans:
@@ -304,6 +315,8 @@ def accuracy_against_sparsity(
         if scan.theta is not None:
             end, marker = (scan.unit_sparsity, scan.val_accuracy), markers[task.points[scan.point].learning_rate]
             axes.plot(*end, marker, color=colour, markersize=size, zorder=order, clip_on=False)
+    front = [(model.unit_sparsity, model.val_accuracy) for model in pareto_front(scans)]
+    axes.plot(*zip(*front, strict=True), **FRONT)
     done = [record for record in records if record.status == "done"]
     outside = [record for record in done if record.point.index not in selection.candidates]
     for record in outside:
@@ -313,7 +326,8 @@ def accuracy_against_sparsity(
     axes.xaxis.set_major_formatter(PERCENT)
     axes.set(title=title, ylim=task.window, xlim=(0, min(1.0, 1.25 * max(scan.unit_sparsity for scan in scans) + 0.01)))
     axes.set(xlabel="unit sparsity: free units of all hidden units (%)", ylabel="validation accuracy (%)")
-    extra = [_dot(markers[rate], MUTED, f"lr = {rate:g}") for rate in rates]
+    extra = [Line2D([], [], **FRONT, label="Pareto front")]
+    extra += [_dot(markers[rate], MUTED, f"lr = {rate:g}") for rate in rates if told_apart]
     extra += [_dot("_", MUTED, f"outside the margin: {len(outside)}", markersize=9)] if outside else []
     if any(any(scan.layer_curves) for scan in scans):
         extra.append(Line2D([], [], **(OWN | {"color": MUTED}), label="one layer's θ raised alone"))

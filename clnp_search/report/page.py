@@ -18,9 +18,10 @@ from clnp_search.clnp.subnetwork import Subnetwork
 from clnp_search.config import Sweep, sweep_of
 from clnp_search.errors import InputError
 from clnp_search.forecast import in_words
+from clnp_search.pareto import pareto_front
 from clnp_search.records import TaskResult
 from clnp_search.report.comparison import spread_rows
-from clnp_search.report.figures import accuracy_matrix, draw_task, runs_compared, to_svg, units_grown
+from clnp_search.report.figures import accuracy_matrix, draw_task, runs_compared, scans_of, to_svg, units_grown
 from clnp_search.storage import RunFolder
 
 Row = dict[str, Any]
@@ -49,6 +50,7 @@ def report(folders: Sequence[RunFolder]) -> Report:
         "tasks": [row for run in runs for row in run.task_rows()],
         "accuracies": [row for run in runs for row in run.accuracy_rows()],
         "units": [row for run in runs for row in run.unit_rows()],
+        "pareto": [row for run in runs for row in run.pareto_rows()],
     }
     environment = Environment(
         loader=PackageLoader("clnp_search.report", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True
@@ -178,6 +180,14 @@ class _Run:
             {"run": self.name, "after_task": result.index, "group": group} | vars(units)
             for result in self.summary.tasks
             for group, units in result.units.items()
+        ]
+
+    def pareto_rows(self) -> list[Row]:
+        """The run's rows in the table of models that no other one of their task beats in both accuracy and sparsity."""
+        return [
+            {"run": self.name, "task": result.index} | vars(model)
+            for result in self.summary.tasks
+            for model in pareto_front(scans_of(self.folder, result.index))
         ]
 
     def _svg(self, draw: Callable[[str, Sequence[TaskResult]], Figure], name: str) -> str:

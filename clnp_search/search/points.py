@@ -29,22 +29,6 @@ PROCESS_BYTES = 680 << 20
 NUMERICS = 2
 
 
-def grid(sweep: Sweep, chosen: Point | None, layers: Sequence[str]) -> tuple[Point, ...]:
-    """The points of a task, in order: alpha by alpha, rate by rate.
-
-    Args:
-        chosen: What the first task chose, if this task shall reuse it.
-        layers: Names of the network's layers, the head last.
-
-    Raises:
-        InputError: An alpha does not fit the layers.
-    """
-    if chosen is not None:
-        return (Point(0, chosen.alpha, chosen.learning_rate),)
-    product = itertools.product(sweep.search.alpha, sweep.search.learning_rate)
-    return tuple(Point(index, sweep.layer_alphas(alpha, layers), rate) for index, (alpha, rate) in enumerate(product))
-
-
 def point_key(
     parent_digest: str, task: Task, data_digest: str, sweep: Sweep, point: Point, numerics: int = NUMERICS
 ) -> str:

@@ -1,4 +1,4 @@
-"""Grids, keys, packs and the memory estimate."""
+"""Keys, packs and the memory estimate."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from clnp_search.search.points import (
     MemoryEstimate,
     auto_points_per_trial,
     estimate_memory,
-    grid,
     pack_name,
     pack_points,
     point_key,
@@ -40,23 +39,6 @@ def key(parent: str = "parent", task: Task = TASK, data: str = "data", point: Po
 
 def scenario(**changes: Any) -> dict[str, Any]:
     return {"scenario": {"name": "permuted_digits", "tasks": 2} | changes}
-
-
-# Grids
-
-
-def test_a_grid_goes_alpha_by_alpha_and_rate_by_rate() -> None:
-    sweep = make_sweep(search={"alpha": [1e-6, [1, 2, 3]], "learning_rate": [0.1, 0.2]})
-    assert grid(sweep, None, ("hidden0", "hidden1", "head")) == (
-        Point(0, (1e-6, 1e-6, 1e-6), 0.1),
-        Point(1, (1e-6, 1e-6, 1e-6), 0.2),
-        Point(2, (1, 2, 3), 0.1),
-        Point(3, (1, 2, 3), 0.2),
-    )
-
-
-def test_a_reused_choice_is_a_grid_of_one_point_with_index_zero() -> None:
-    assert grid(make_sweep(), Point(3, (1, 2, 3), 0.2), ()) == (Point(0, (1, 2, 3), 0.2),)
 
 
 # Keys
