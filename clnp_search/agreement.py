@@ -100,7 +100,7 @@ def recorded_choice(folder: RunFolder, plan: TaskPlan, rules: ForgettingConfig) 
     scans = _recorded_scans(folder, plan, inside, rules.rule, limit)
     for number in range(1, rules.finetune_rounds + 1):
         passing = tuple(scan.point for scan in scans if scan.theta is not None)
-        plan = round_plan(plan, scans, rules.finetune_epochs, (passing,))
+        plan = round_plan(plan, scans, rules, (passing,))
         last = _recorded(folder, plan)
         if number < rules.finetune_rounds:
             done = [record for record in last if record.status == "done"]

@@ -532,6 +532,8 @@ class ForgettingConfig(_Section):
     """Rounds of prune and retrain, for every candidate; each is held to the margin of the model before pruning."""
     finetune_epochs: Count = 0
     """Epochs of each round."""
+    finetune_l1: NonNegative = 1.0
+    """What multiplies alpha in these rounds: less lets what is left become more accurate, more empties it further."""
 
     @property
     def rule(self) -> str:

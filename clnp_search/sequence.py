@@ -160,6 +160,7 @@ class TaskSequence:
             scenario=self.scenario,
             settings=sweep.training.settings,
             finetune_epochs=sweep.forgetting.finetune_epochs,
+            finetune_l1=sweep.forgetting.finetune_l1,
             seed=sweep.seed,
             graph=self.architecture.graph,
             augment=sweep.scenario.augment.settings,
@@ -429,7 +430,7 @@ class Runner:
                 f"task {plan.task}: no candidate stays inside the margin; a larger forgetting.margin would admit one"
             )
         packs = self._packs(passing, plan.task, state.architecture, active_units(state))
-        return round_plan(plan, scans, self._sweep.forgetting.finetune_epochs, packs)
+        return round_plan(plan, scans, self._sweep.forgetting, packs)
 
     def _packs(
         self, points: Sequence[Point], index: int, architecture: Architecture, active: Mapping[str, int]

@@ -14,7 +14,7 @@ from clnp_search.clnp.graph import CLASSES, INPUT, Node
 from clnp_search.clnp.ops import Reader
 from clnp_search.clnp.pack import CACHE_BYTES, LARGEST_BATCH, evaluation_batch, microbatch
 from clnp_search.clnp.state import Architecture
-from clnp_search.config import Sweep
+from clnp_search.config import ForgettingConfig, Sweep
 from clnp_search.records import Point, PointRecord, ScanRecord, TaskPlan
 from clnp_search.tasks import Task
 
@@ -54,7 +54,7 @@ def point_key(
 
 
 def round_plan(
-    plan: TaskPlan, scans: Sequence[ScanRecord], finetune_epochs: int, packs: tuple[tuple[int, ...], ...]
+    plan: TaskPlan, scans: Sequence[ScanRecord], rules: ForgettingConfig, packs: tuple[tuple[int, ...], ...]
 ) -> TaskPlan:
     """The next fine-tune round of a task: the points whose scans have passed, pruned at their thresholds.
 
@@ -66,7 +66,7 @@ def round_plan(
     cuts = {scan.point: scan.theta for scan in scans if scan.theta is not None}
     keys = list(plan.keys)
     for point, theta in cuts.items():
-        parts = (plan.keys[point], plan.round + 1, theta, finetune_epochs)
+        parts = (plan.keys[point], plan.round + 1, theta, rules.finetune_epochs, rules.finetune_l1)
         keys[point] = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     return replace(plan, round=plan.round + 1, cuts=cuts, keys=tuple(keys), packs=packs)
 

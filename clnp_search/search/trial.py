@@ -48,6 +48,7 @@ class RunInputs:
 
     Args:
         graph: The network as the first task begins with it.
+        finetune_l1: What multiplies alpha in fine-tune rounds.
         augment: Settings of `clnp.augment.augment`; empty for none.
     """
 
@@ -57,6 +58,7 @@ class RunInputs:
     finetune_epochs: int
     seed: int
     graph: Graph
+    finetune_l1: float = 1.0
     augment: dict[str, Any] = field(default_factory=dict)
 
 
@@ -225,7 +227,9 @@ def _begin(
     starts = [inputs.pruned(point) for point in points] if plan.round else None
     with _computing():
         data = data or inputs.data()
-        alphas, rates = [point.alpha for point in points], [point.learning_rate for point in points]
+        factor = inputs.run.finetune_l1 if plan.round else 1.0
+        alphas = [tuple(factor * alpha for alpha in point.alpha) for point in points]
+        rates = [point.learning_rate for point in points]
         classes = data.info.num_classes
         pack = Pack(inputs.state, classes, alphas, starts or inputs.initial(), device, settings.dtype, settings.penalty)
         transform, augmentation = data.info.transform, inputs.run.augment
