@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from clnp_search import selection
 from clnp_search.config import ForgettingConfig, Sweep
 from clnp_search.errors import InputError
+from clnp_search.forecast import Budget
 from clnp_search.records import PointRecord, ScanRecord, Selection, TaskPlan, Units
 from clnp_search.search.points import point_key, retrained, round_plan
 from clnp_search.storage import RunFolder
@@ -96,19 +98,22 @@ def recorded_choice(folder: RunFolder, plan: TaskPlan, rules: ForgettingConfig) 
         RuntimeError: A record or a scan is missing or is of something else, or `selection.json` says another choice.
     """
     records = last = _recorded(folder, plan)
-    limit, inside = selection.candidates(records, rules.margin)
-    scans = _recorded_scans(folder, plan, inside, rules.rule, limit)
+    results = folder.read_results()
+    budget = Budget(tuple(results[plan.task].units), results[: plan.task], plan.num_tasks)
+    find = partial(_recorded_scans, folder, plan, rule=rules.rule)
+    spent = selection.spend(records, rules.margins, rules.sparsity, budget, find)
+    scans = spent.scans
     for number in range(1, rules.finetune_rounds + 1):
         passing = tuple(scan.point for scan in scans if scan.theta is not None)
         plan = round_plan(plan, scans, rules, (passing,))
         last = _recorded(folder, plan)
         if number < rules.finetune_rounds:
             done = [record for record in last if record.status == "done"]
-            scans = _recorded_scans(folder, plan, done, rules.rule, limit)
+            scans = _recorded_scans(folder, plan, done, spent.limit, rules.rule)
         else:
             before = {scan.point: scan for scan in scans}
             scans = [retrained(before[record.point.index], record) for record in last]
-    choice = selection.choose(records, scans, rules.margin, rules.sparsity)
+    choice = selection.choose(records, scans, spent.margin, rules.sparsity, spent.reasons)
     if folder.read_selection(plan.task) is None:
         raise RuntimeError(f"{folder.uri}: task {plan.task}: selection.json is missing")
     check_selection(folder, plan.task, choice)
@@ -129,7 +134,7 @@ def _recorded(folder: RunFolder, plan: TaskPlan) -> list[PointRecord]:
 
 
 def _recorded_scans(
-    folder: RunFolder, plan: TaskPlan, records: Sequence[PointRecord], rule: str, limit: int
+    folder: RunFolder, plan: TaskPlan, records: Sequence[PointRecord], limit: int, rule: str
 ) -> list[ScanRecord]:
     """The scans of some of a plan's points."""
     scans = []

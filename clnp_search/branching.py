@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 from clnp_search import selection
 from clnp_search.agreement import recorded_choice, sweep_at
 from clnp_search.config import FORKED_SECTIONS, ForgettingConfig, Sweep, sweep_of
 from clnp_search.errors import InputError
+from clnp_search.forecast import Budget
 from clnp_search.records import Fork, PointRecord, ScanRecord, Selection
 from clnp_search.search.proposals import first_points
 from clnp_search.search.trial import TaskInputs, scan_point
@@ -69,27 +71,37 @@ def reselect(
                 f"{folder.uri}: task {task} was fine-tuned: with another margin or threshold rule it would have been "
                 "trained otherwise; only --sparsity can be chosen again, for the rest use `clnp-search fork`"
             )
-        choice = selection.choose(made.records, made.scans, rules.margin, rules.sparsity)
+        choice = selection.choose(made.records, made.scans, made.choice.margin, rules.sparsity)
         return Reselected(made.records, made.scans, choice, made.choice, 0)
-    limit, inside = selection.candidates(made.records, rules.margin)
-    recorded = {
-        record.point: scan
-        for record in inside
-        if (scan := folder.read_scan(task, record.point.index, rules.rule, limit)) is not None
-        and scan.is_of(record, rules.rule, limit)
-    }
-    missing = [record.point for record in inside if record.point not in recorded]
-    if missing:
-        sequence = TaskSequence(sweep)
-        state = sequence.start_of(task, folder.read_state(task - 1)) if task else sequence.empty_state()
-        inputs = TaskInputs(sequence.run_inputs(folder), plan, state)
+    evaluated = 0
+
+    def scan(inside: list[PointRecord], limit: int) -> list[ScanRecord]:
+        nonlocal evaluated
+        recorded = {
+            record.point: scan
+            for record in inside
+            if (scan := folder.read_scan(task, record.point.index, rules.rule, limit)) is not None
+            and scan.is_of(record, rules.rule, limit)
+        }
+        missing = [record.point for record in inside if record.point not in recorded]
         for done, point in enumerate(missing):
             listen(done, len(missing))
-            recorded[point] = scan_point(inputs, point, limit, rules.rule)
+            recorded[point] = scan_point(inputs(), point, limit, rules.rule)
             folder.write_scan(task, recorded[point])
-    scans = [recorded[record.point] for record in inside]
-    choice = selection.choose(made.records, scans, rules.margin, rules.sparsity)
-    return Reselected(made.records, scans, choice, made.choice, len(missing))
+        evaluated += len(missing)
+        return [recorded[record.point] for record in inside]
+
+    @cache
+    def inputs() -> TaskInputs:  # which needs the data set
+        sequence = TaskSequence(sweep)
+        state = sequence.start_of(task, folder.read_state(task - 1)) if task else sequence.empty_state()
+        return TaskInputs(sequence.run_inputs(folder), plan, state)
+
+    results = folder.read_results()
+    budget = Budget(tuple(results[task].units), results[:task], plan.num_tasks)
+    spent = selection.spend(made.records, rules.margins, rules.sparsity, budget, scan)
+    choice = selection.choose(made.records, spent.scans, spent.margin, rules.sparsity, spent.reasons)
+    return Reselected(made.records, spent.scans, choice, made.choice, evaluated)
 
 
 def fork(origin: RunFolder, sweep: Sweep, after_task: int, folder: RunFolder) -> None:

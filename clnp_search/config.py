@@ -65,6 +65,13 @@ def _parse_margin(value: Any) -> Any:
     return _parse_share(value)
 
 
+def _check_spent(value: Any) -> Any:
+    value = _parse_margin(value)
+    if value != "auto" and (isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1):
+        raise ValueError("write a percentage such as 0.05%, a fraction such as 0.0005, or auto")
+    return value
+
+
 def _check_alpha(value: Any) -> Any:
     if isinstance(value, Mapping) and not _is_range(value) and value:
         return {str(pattern): _check_part(each) for pattern, each in value.items()}
@@ -152,6 +159,9 @@ Margin = Annotated[
     float,
     Field(strict=True, ge=0, lt=1),
     BeforeValidator(_parse_margin, json_schema_input_type=Annotated[float, Field(ge=0, lt=0.5)] | _Percentage),
+]
+Spent = Annotated[
+    float | Literal["auto"], BeforeValidator(_check_spent, json_schema_input_type=Margin | Literal["auto"])
 ]
 Growth = Annotated[
     float,
@@ -519,8 +529,9 @@ class SearchConfig(_Section):
 class ForgettingConfig(_Section):
     """How much accuracy may be given up for capacity, and how units are pruned."""
 
-    margin: Margin = 0.0005
-    """Allowed loss of validation accuracy: '0.05%' or 0.0005."""
+    margin: Spent = 0.0005
+    """Allowed loss of validation accuracy: '0.05%' or 0.0005. auto: for each task the least of 0, 0.05, 0.1, 0.2, 0.5,
+    1, 2, 3 and 5% with which the free units of every group last for all tasks, if later ones take as many."""
     theta: Literal["global", "per_layer"] = "global"
     """One activity threshold for all layers, or one for each."""
     theta_steps: Annotated[int, Field(strict=True, ge=2)] | None = None
@@ -534,6 +545,11 @@ class ForgettingConfig(_Section):
     """Epochs of each round."""
     finetune_l1: NonNegative = 1.0
     """What multiplies alpha in these rounds: less lets what is left become more accurate, more empties it further."""
+
+    @property
+    def margins(self) -> tuple[float, ...]:
+        """The margins that a task may spend, the least first."""
+        return AUTO_MARGINS if self.margin == "auto" else (self.margin,)
 
     @property
     def rule(self) -> str:
@@ -615,7 +631,7 @@ class Sweep(_Section):
         """
         found = {}
         for seed in range(self.seed, self.seed + self.repetitions):
-            for margin in self.margins or (self.forgetting.margin,):
+            for margin in self.margins or [self.forgetting.margin]:
                 suffix = f"-m{100 * margin:g}" if self.margins else ""
                 suffix += f"-s{seed}" if self.repetitions > 1 else ""
                 forgetting = self.forgetting.model_copy(update={"margin": margin})
@@ -818,6 +834,7 @@ SEARCHED_BY = {
     "optuna": ("algorithm", "points", "batch", "sampler", "objectives"),
 }
 DRAWN_POINTS = 24
+AUTO_MARGINS = (0.0, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05)
 # What a fork may change: what was decided before its first own task stays as it was.
 FORKED_SECTIONS = ("training", "search", "forgetting")
 

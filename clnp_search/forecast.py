@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from clnp_search.records import TaskResult
+from clnp_search.records import ScanRecord, TaskResult
 
 RECENT_TASKS = 3
 
@@ -49,3 +50,38 @@ def in_words(results: Sequence[TaskResult], num_tasks: int | None) -> list[str]:
                 f"{each.growth:.1f} a task over the last {min(RECENT_TASKS, len(results))}"
             )
     return sentences
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a task may take of each group, if the free units shall last for all tasks that are planned.
+
+    Args:
+        groups: Their names.
+        results: Of the tasks before.
+        num_tasks: Of the whole sequence.
+    """
+
+    groups: tuple[str, ...]
+    results: tuple[TaskResult, ...]
+    num_tasks: int
+
+    @property
+    def tasks_left(self) -> int:
+        """Tasks after this one."""
+        return self.num_tasks - len(self.results) - 1
+
+    def lasts(self, scan: ScanRecord) -> tuple[float, str]:
+        """For how many more tasks there are units if this one takes a model, and the group that then has too few.
+
+        Later tasks are taken to grow each group as the last three did, this one included.
+        """
+        found = [(math.inf, "")]
+        for index, group in enumerate(self.groups):
+            taken = self.results[-1].units[group].active if self.results else 0
+            if taken == scan.totals[index]:
+                continue  # full before, whatever this task does
+            recent = [result.units[group].new for result in self.results[1 - RECENT_TASKS :]]
+            growth = fmean([*recent, scan.active[index] - taken])
+            found.append(((scan.totals[index] - scan.active[index]) / growth if growth else math.inf, group))
+        return min(found, key=lambda each: each[0])

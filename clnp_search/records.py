@@ -65,6 +65,7 @@ class TaskPlan:
         settings: The sweep's settings that decide the task's results and choice (`Sweep.settings`).
         data_digest: SHA-256 of the task's data.
         numerics: The `NUMERICS` of the code that the points are trained with.
+        num_tasks: Of the sequence, as it was planned then.
         started: When that was, in seconds since 1970; 0 if it was not recorded.
     """
 
@@ -80,6 +81,7 @@ class TaskPlan:
     settings: dict[str, Any] = field(default_factory=dict)
     data_digest: str = ""
     numerics: int = 0
+    num_tasks: int = 0
     started: float = 0.0
 
     @property

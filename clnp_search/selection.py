@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
+from clnp_search.forecast import Budget
 from clnp_search.records import PointRecord, ScanRecord, Selection
 
 SPARSITY: dict[str, Callable[[ScanRecord], float]] = {
@@ -37,8 +39,71 @@ def candidates(records: Sequence[PointRecord], margin: float) -> tuple[int, list
     return limit, [record for record in done if record.val_correct >= limit]
 
 
+@dataclass(frozen=True)
+class Spent:
+    """The margin that a task spends.
+
+    Args:
+        limit: The fewest right validation samples inside it.
+        scans: Of its candidates.
+        reasons: Why it is this one, in sentences; empty if there was no choice.
+    """
+
+    margin: float
+    limit: int
+    scans: list[ScanRecord]
+    reasons: tuple[str, ...] = ()
+
+
+def spend(
+    records: Sequence[PointRecord],
+    margins: Sequence[float],
+    sparsity: str,
+    budget: Budget,
+    scan: Callable[[list[PointRecord], int], list[ScanRecord]],
+) -> Spent:
+    """Of these margins the least with which the network lasts for all planned tasks, or with which it lasts longest.
+
+    Args:
+        margins: To choose from, the least first.
+        scan: Gives the scans of candidates for a limit.
+
+    Raises:
+        RuntimeError: No point was trained successfully.
+    """
+    tried: list[tuple[float, Spent]] = []
+    reasons: list[str] = []
+    for margin in margins:
+        limit, inside = candidates(records, margin)
+        if any(limit == spent.limit for _, spent in tried):
+            continue  # so few validation samples that it is the one before
+        spent = Spent(margin, limit, scan(inside, limit))
+        if len(margins) == 1:
+            return spent
+        if all(each.theta is None for each in spent.scans):
+            reasons.append(f"Margin {margin:.2%}: no candidate stays inside it.")
+            continue
+        choice = choose(records, spent.scans, margin, sparsity)
+        kept = next(each for each in spent.scans if each.point == choice.chosen)
+        tasks, group = budget.lasts(kept)
+        enough = tasks >= budget.tasks_left
+        room = f"{group} lasts for {int(tasks)} more tasks" if group else "every group lasts"
+        reasons.append(f"Margin {margin:.2%}: {room}; {budget.tasks_left} are to come.")
+        tried.append((tasks, spent))
+        if enough:
+            break
+    if not tried:
+        return replace(spent, reasons=tuple(reasons))
+    lasting = tried[-1] if enough else max(tried, key=lambda each: each[0])
+    return replace(lasting[1], reasons=tuple(reasons))
+
+
 def choose(
-    records: Sequence[PointRecord], scans: Sequence[ScanRecord], margin: float, sparsity: str = "units"
+    records: Sequence[PointRecord],
+    scans: Sequence[ScanRecord],
+    margin: float,
+    sparsity: str = "units",
+    reasons: Sequence[str] = (),
 ) -> Selection:
     """The candidate with the highest sparsity.
 
@@ -48,6 +113,7 @@ def choose(
         records: All points of the task.
         scans: One for each candidate.
         sparsity: A key of `SPARSITY`.
+        reasons: For the margin.
 
     Raises:
         RuntimeError: No candidate stays inside the margin even at theta = 0.
@@ -71,7 +137,8 @@ def choose(
     ranked = sorted(passing, key=rank)
     chosen = ranked[0]
     total = inside[0].val_total
-    reasons = [
+    said = [
+        *reasons,
         f"Best unpruned validation accuracy: {best:.4%}; with margin {margin:.4%}, models with at least {limit} of "
         f"{total} samples right are inside.",
         f"{len(inside)} of {len(records)} points are inside before pruning; {len(passing)} stay inside after it.",
@@ -80,5 +147,5 @@ def choose(
     ]
     if len(ranked) > 1:
         second = ranked[1]
-        reasons.append(f"Next: {points[second.point].name} with {measure(second):.4f} at {second.val_accuracy:.4%}.")
-    return Selection(best, margin, limit, tuple(record.point.index for record in inside), chosen.point, tuple(reasons))
+        said.append(f"Next: {points[second.point].name} with {measure(second):.4f} at {second.val_accuracy:.4%}.")
+    return Selection(best, margin, limit, tuple(record.point.index for record in inside), chosen.point, tuple(said))

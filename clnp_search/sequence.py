@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
@@ -30,6 +30,7 @@ from clnp_search.clnp.state import FREE, Architecture, Parameters, State, commit
 from clnp_search.clnp.subnetwork import Subnetwork, subnetworks
 from clnp_search.config import Sweep
 from clnp_search.errors import InputError, MachineFault
+from clnp_search.forecast import Budget
 from clnp_search.listener import Listener
 from clnp_search.pareto import pareto_front
 from clnp_search.records import (
@@ -292,29 +293,31 @@ class Runner:
         plan = self._plan(index, state)
         inputs = self._cluster.share((plan, state, self._sequence.drawn(index)))
         plan, inputs, records = yield from self._search(plan, inputs, state)
-        limit, inside = selection.candidates(records, sweep.forgetting.margin)
-        rounds = [self._scan(plan, inputs, inside, limit)]
+        rules, groups = sweep.forgetting, tuple(state.graph.groups)
+        budget = Budget(groups, folder.read_results(), plan.num_tasks)
+        spent = selection.spend(records, rules.margins, rules.sparsity, budget, partial(self._scan, plan, inputs))
+        rounds = [spent.scans]
         last = records
-        for number in range(1, sweep.forgetting.finetune_rounds + 1):
+        for number in range(1, rules.finetune_rounds + 1):
             plan = self._round(plan, rounds[-1], state)
             inputs = self._cluster.share((plan, state, None))
             last = yield from self._train(plan, inputs)
-            if number < sweep.forgetting.finetune_rounds:
+            if number < rules.finetune_rounds:
                 done = [record for record in last if record.status == "done"]
-                rounds.append(self._scan(plan, inputs, done, limit))
+                rounds.append(self._scan(plan, inputs, done, spent.limit))
             else:
                 before = {scan.point: scan for scan in rounds[-1]}
                 rounds.append([retrained(before[record.point.index], record) for record in last])
-        choice = selection.choose(records, rounds[-1], sweep.forgetting.margin, sweep.forgetting.sparsity)
+        choice = selection.choose(records, rounds[-1], spent.margin, rules.sparsity, spent.reasons)
         check_selection(folder, index, choice)
         kept = next(record for record in last if record.point.index == choice.chosen)
         chosen = Chosen(records, rounds[-1], choice, kept)
         data = self._sequence.data(index)
-        after = commit(state, data.info, folder.read_trained(index, kept), chosen.theta(state.graph.groups))
+        after = commit(state, data.info, folder.read_trained(index, kept), chosen.theta(groups))
         subnetwork = Subnetwork(after, index)
         check_commit(count_units(after), num_correct(subnetwork, data.validation), chosen.scan)
         folder.write_selection(index, choice)
-        self._write_tables(index, records, rounds, choice, tuple(state.graph.groups))
+        self._write_tables(index, records, rounds, choice, groups)
         state_sha256 = folder.write_state(index, after)
         accuracies = tuple(test_accuracies(self._sequence, after))
         result = TaskResult(
@@ -355,6 +358,7 @@ class Runner:
             settings=self._sweep.settings,
             data_digest=self._sequence.data_digest(index),
             numerics=NUMERICS,
+            num_tasks=len(self._sequence),
             started=time.time(),
         )
         return self._extended(plan, first_points(sweep, index, reused, layers), state)
@@ -408,7 +412,7 @@ class Runner:
         scans: dict[int, ScanRecord] = {}
         limit = 0
         if "sparsity" in self._sweep.search.objectives and any(record.status == "done" for record in records):
-            limit, inside = selection.candidates(records, rules.margin)
+            limit, inside = selection.candidates(records, rules.margins[-1])
             own = [record for record in inside if record in batch]
             scans = {scan.point: scan for scan in self._scan(plan, inputs, own, limit)}
         outcomes = []

@@ -9,7 +9,7 @@ import pytest
 from in_process import SWEEP, make, run_in_process
 
 from clnp_search.branching import fork, points_taken_over, reselect
-from clnp_search.config import Sweep
+from clnp_search.config import AUTO_MARGINS, Sweep
 from clnp_search.errors import InputError
 from clnp_search.records import PointRecord
 from clnp_search.search import trial
@@ -55,6 +55,17 @@ def test_other_rules_choose_what_a_run_by_them_does(
         if (scan := new.read_scan(task, point, other.forgetting.rule, found.choice.min_correct)) is not None
     ]
     assert found.recorded == copy.read_selection(task)
+
+
+def test_a_run_that_spends_what_lasts_is_proven_and_chooses_the_same_again(new: RunFolder) -> None:
+    sweep = make(scenario={"tasks": 3}, forgetting={"margin": "auto"})
+    summary = run_in_process(sweep, new)
+    assert all(check.passed for check in verify(new))
+    assert all(result.margin in AUTO_MARGINS for result in summary.tasks)
+    for task in range(3):
+        assert reselect(new, sweep, task, sweep.forgetting).choice == new.read_selection(task)
+    reasons = new.read_selection(0).reasons  # type: ignore[union-attr]
+    assert reasons[0].startswith("Margin 0.00%: ")
 
 
 def test_scans_that_were_made_for_it_are_kept(copy: RunFolder) -> None:

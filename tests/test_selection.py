@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 
 import pytest
-from builders import make_point, make_record, make_scan
+from builders import make_point, make_record, make_result, make_scan
 
-from clnp_search.records import Point, PointRecord, ScanRecord
-from clnp_search.selection import SPARSITY, candidates, choose, min_correct
+from clnp_search.forecast import Budget
+from clnp_search.records import Point, PointRecord, ScanRecord, TaskResult, Units
+from clnp_search.selection import SPARSITY, Spent, candidates, choose, min_correct, spend
 
 # The margin
 
@@ -188,3 +190,80 @@ def test_a_selection_without_a_second_candidate_names_none() -> None:
 def test_a_selection_is_plain_data() -> None:
     choice = choose(*chosen_of_three(), 0.0005)
     assert json.loads(json.dumps(asdict(choice)))["chosen"] == 1
+
+
+# The margin that is spent
+
+
+def spent(*active: tuple[int, int], results: Sequence[TaskResult] = (), num_tasks: int = 4) -> Spent:
+    """Of margins 0, 1, 2 ... % of the best point, what is spent if they leave so many of 40 and 40 units active."""
+    asked = {10000 - 100 * percent: each for percent, each in enumerate(active)}
+
+    def scan(inside: list[PointRecord], limit: int) -> list[ScanRecord]:
+        assert [record.point.index for record in inside] == [0]
+        return [make_scan(0, limit, asked[limit], totals=(40, 40))]
+
+    budget = Budget(("low", "high"), tuple(results), num_tasks)
+    margins = [percent / 100 for percent in range(len(active))]
+    return spend([make_record(0, 10000)], margins, "units", budget, scan)
+
+
+def grown(*units: tuple[int, int]) -> list[TaskResult]:
+    """Tasks that have grown so many of 40 and 40 units."""
+    results: list[TaskResult] = []
+    for index in range(len(units)):
+        groups = {}
+        for place, group in enumerate(("low", "high")):
+            active = sum(each[place] for each in units[: index + 1])
+            groups[group] = Units(40, active, units[index][place], 40 - active)
+        results.append(make_result(index, (0.9,) * (index + 1), groups))
+    return results
+
+
+def test_the_least_margin_with_which_all_tasks_have_units_is_spent() -> None:
+    assert spent((20, 5), (11, 5), (10, 10), (1, 1)).margin == 0.02  # 30 and 30 are left to three tasks of 10 and 10
+    assert spent((10, 10), (1, 1)).margin == 0.0
+    assert spent((40, 40), (39, 1), num_tasks=1).margin == 0.0
+
+
+def test_where_no_margin_lasts_it_is_the_one_that_lasts_longest() -> None:
+    assert spent((30, 30), (20, 20), (25, 5)).margin == 0.01
+
+
+def test_growth_is_that_of_the_last_three_tasks() -> None:
+    before = grown((9, 1), (1, 1), (3, 1))
+    # 13 are taken; with 5 more 22 are left to tasks that take 3, the mean of 1, 3 and 5.
+    assert spent((18, 4), (14, 4), results=before, num_tasks=11).margin == 0.0
+    assert spent((18, 4), (14, 4), results=before, num_tasks=12).margin == 0.01
+
+
+def test_a_group_that_was_full_before_is_not_waited_for() -> None:
+    assert spent((40, 8), (40, 4), results=grown((40, 2)), num_tasks=6).margin == 0.0
+
+
+def test_the_reasons_say_what_was_tried_and_why_it_was_not_enough() -> None:
+    assert spent((20, 5), (10, 10), (1, 1)).reasons == (
+        "Margin 0.00%: low lasts for 1 more tasks; 3 are to come.",
+        "Margin 1.00%: low lasts for 3 more tasks; 3 are to come.",
+    )
+    assert spent((20, 5)).reasons == ()
+
+
+def test_margins_that_are_the_same_number_of_samples_are_tried_once() -> None:
+    records, asked = [make_record(0, 99, 100)], []
+
+    def scan(inside: list[PointRecord], limit: int) -> list[ScanRecord]:
+        asked.append(limit)
+        return [make_scan(0, limit, (4, 4))]
+
+    spend(records, (0.0, 0.001, 0.01, 0.02), "units", Budget(("low", "high"), (), 3), scan)
+    assert asked == [99, 98, 97]
+
+
+def test_a_margin_that_no_candidate_stays_inside_is_passed_over() -> None:
+    def scan(inside: list[PointRecord], limit: int) -> list[ScanRecord]:
+        return [make_scan(0, limit, (1, 1), theta=None if limit == 100 else (0.5, 0.5))]
+
+    found = spend([make_record(0, 100, 100)], (0.0, 0.01), "units", Budget(("low", "high"), (), 2), scan)
+    assert found.margin == 0.01
+    assert found.reasons[0] == "Margin 0.00%: no candidate stays inside it."

@@ -203,8 +203,8 @@ def _inline(figure: Figure, name: str) -> str:
     return re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
 
 
-def _percent(value: float) -> str:
-    return f"{100 * value:.2f}"
+def _percent(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{100 * value:.2f}"
 
 
 def _compact(values: Sequence[float]) -> str:
