@@ -187,14 +187,12 @@ def test_a_scan_of_each_group_leaves_as_few_units_as_raising_each_by_hand(
             slow.assert_curve(curve)
 
 
-def test_a_scan_of_each_group_mostly_finds_the_fewest_units_that_any_thetas_leave() -> None:
-    reached = []
-    for seed in range(8):
+def test_a_scan_of_each_group_finds_the_fewest_units_that_any_thetas_leave() -> None:
+    for seed in range(9):
         slow, candidate = make_candidate(make_network((6, 5)), 0, seed, exact=False)
         for allowed in (3, 15):
             min_correct = slow.at([0.0, 0.0])[0] - allowed
-            reached.append(sum(scan(candidate, 0, min_correct, "per_layer").active) == slow.fewest(min_correct))
-    assert sum(reached) >= 14
+            assert sum(scan(candidate, 0, min_correct, "per_layer").active) == slow.fewest(min_correct)
 
 
 @pytest.mark.parametrize("activation", ["relu", "sigmoid", "tanh"])
