@@ -147,7 +147,14 @@ def run(
         if origin is not folder and not folder.exists("sweep.yaml"):
             begin(origin, member, -1, folder)  # so that it takes over what is the same
         drive(member, folder, address)
-    print_family([folder for _, folder in runs], as_json)
+    spread = print_family([folder for _, folder in runs], as_json)
+    if sweep.tracking.uri != "none" and sweep.repetitions > 1:
+        from clnp_search.tracking.mlflow import TrackingUnavailable, log_spread
+
+        try:
+            log_spread(sweep, sweep.name if name is None else name, spread)
+        except TrackingUnavailable as error:
+            err.print(f"[yellow]MLflow has no means of these runs: {error}[/]; the same command logs them later")
 
 
 def resume(

@@ -163,8 +163,8 @@ def compare(
             err.print(f"written: {file}", highlight=False)
 
 
-def print_family(folders: Sequence[RunFolder], as_json: bool) -> None:
-    """Shows the sequences of one sweep beside one another, and their means over seeds."""
+def print_family(folders: Sequence[RunFolder], as_json: bool) -> list[dict[str, Any]]:
+    """Shows the sequences of one sweep beside one another; gives their means over seeds (`spread_rows`)."""
     from clnp_search.branching import points_taken_over
     from clnp_search.progress import progress_of
     from clnp_search.report.comparison import spread_rows
@@ -181,7 +181,7 @@ def print_family(folders: Sequence[RunFolder], as_json: bool) -> None:
     if as_json:
         summaries = [asdict(progress.summary) for _, progress in found.values()]
         print_json({"runs": rows, "spread": spread, "summaries": summaries})
-        return
+        return spread
     table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
     table.add_column("name")
     for column in ("margin", "seed", "average accuracy", "free units", "points", "taken over"):
@@ -189,10 +189,11 @@ def print_family(folders: Sequence[RunFolder], as_json: bool) -> None:
     for row in rows:
         free = _shares(row["free_units"], row["units"])
         shown = (f"{row['average_test_accuracy']:.2%}", free, row["points_trained"], row["points_taken_over"])
-        table.add_row(row["name"], f"{row['margin']:.6g}", str(row["seed"]), *map(str, shown))
+        table.add_row(row["name"], _text(row["margin"]), str(row["seed"]), *map(str, shown))
     out.print(table)
     print_spread(spread)
     out.print(f"compare them: `clnp-search report {' '.join(as_typed(folder) for folder in folders)}`", highlight=False)
+    return spread
 
 
 def print_spread(rows: Sequence[dict[str, Any]]) -> None:
@@ -205,7 +206,7 @@ def print_spread(rows: Sequence[dict[str, Any]]) -> None:
                 for figure in ("mean", "deviation")
             )
             out.print(
-                f"margin {row['margin']:.6g}, {len(row['runs'])} seeds: average accuracy {100 * accuracy:.2f} "
+                f"margin {_text(row['margin'])}, {len(row['runs'])} seeds: average accuracy {100 * accuracy:.2f} "
                 f"± {100 * deviation:.2f}%, free units {free:.0f} ± {free_deviation:.0f}",
                 highlight=False,
             )

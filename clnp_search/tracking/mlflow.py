@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from clnp_search.clnp.subnetwork import Subnetwork
 from clnp_search.config import Sweep
@@ -161,6 +162,35 @@ class MlflowTracker:
 
     def _artifacts(self, task: int | None = None) -> dict[str, bytes]:
         return {name: self._folder.read(path) for name, path in self._folder.artifacts(task).items()}
+
+
+def log_spread(sweep: Sweep, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Logs means and standard deviations over seeds, a run of level `family` for each set of seeds.
+
+    Args:
+        sweep: That all are of.
+        name: What the names of its runs begin with.
+        rows: As `spread_rows` gives them; a row of a single seed is left out.
+
+    Raises:
+        TrackingUnavailable: MLflow cannot be reached, or refuses.
+    """
+    store = _Store(sweep.tracking.uri, sweep.name, f"family-{name}")
+    for row in rows:
+        seeds = row["seeds"]
+        if len(seeds) < 2:
+            continue
+        margin = str(row["margin"])
+        run = store.run(margin, f"{name} margin {margin}", {"clnp.level": "family", "clnp.sequence": name})
+        figures = {
+            f"{key}{suffix}": row[f"{figure}_{kind}"]
+            for figure, key in (("average_test_accuracy", "test/average_accuracy"), ("free_units", "capacity/free"))
+            for kind, suffix in (("mean", ""), ("deviation", "_deviation"))
+        }
+        # By the number of seeds, so that more of them later on are a point more.
+        metrics = [(key, value, len(seeds)) for key, value in figures.items()]
+        store.log(run, metrics, {"forgetting.margin": margin}, {"clnp.seeds": ", ".join(map(str, seeds))})
+        store.set_status(run, "FINISHED")
 
 
 # Records as MLflow shows them

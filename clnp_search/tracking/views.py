@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Mapping
 
 TAG = "mlflow.sharedViewState."
-SEQUENCES, CHOSEN, POINTS = "clnp-sequences", "clnp-chosen", "clnp-points"
+SEQUENCES, CHOSEN, POINTS, FAMILIES = "clnp-sequences", "clnp-chosen", "clnp-points", "clnp-families"
 
 # Of each view: its name, which runs, by what they are sorted and whether upwards, the columns from left to right.
 # Sorted by time, MLflow would fold runs under their parents; keys bring sequences together, and their tasks in order.
@@ -29,6 +29,19 @@ _VIEWS: dict[str, tuple[str, str, tuple[str, bool], list[str]]] = {
             "metrics.`capacity/scarcest`",
             "params.`seed`",
             "tags.`clnp.status`",
+        ],
+    ),
+    FAMILIES: (
+        "Means over seeds",
+        "tags.`clnp.level` = 'family'",
+        ("metrics.`test/average_accuracy`", False),
+        [
+            "params.`forgetting.margin`",
+            "metrics.`test/average_accuracy`",
+            "metrics.`test/average_accuracy_deviation`",
+            "metrics.`capacity/free`",
+            "metrics.`capacity/free_deviation`",
+            "tags.`clnp.seeds`",
         ],
     ),
     CHOSEN: (

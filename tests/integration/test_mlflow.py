@@ -27,10 +27,18 @@ from clnp_search.report.figures import draw_run
 from clnp_search.storage import RunFolder, run_folder
 from clnp_search.tracking import mlflow as tracking
 from clnp_search.tracking import views
-from clnp_search.tracking.mlflow import MlflowTracker, TrackingUnavailable
+from clnp_search.tracking.mlflow import MlflowTracker, TrackingUnavailable, log_spread
 
 Snapshot = dict[str, dict[str, Any]]
-VIEWS = (views.SEQUENCES, views.CHOSEN, views.POINTS)
+VIEWS = (views.SEQUENCES, views.CHOSEN, views.POINTS, views.FAMILIES)
+SPREAD = {
+    "margin": 0.01,
+    "seeds": [0, 1],
+    "average_test_accuracy_mean": 0.905,
+    "average_test_accuracy_deviation": 0.002,
+    "free_units_mean": 12.5,
+    "free_units_deviation": 0.5,
+}
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The ``noload`` loader strategy",  # MLflow 3.17 on SQLAlchemy 2.1
@@ -473,6 +481,7 @@ def test_saved_views_show_sequences_choices_and_points_in_a_browser(
     finished: RunFolder, sweep: Sweep, database: str, tmp_path: Path
 ) -> None:
     MlflowTracker(finished, sweep).sync()
+    log_spread(sweep, "family", [SPREAD])
     experiment = MlflowClient(sweep.tracking.uri).get_experiment_by_name(sweep.name)
     assert experiment is not None
     with server(database, tmp_path, free_port()) as uri:
@@ -495,6 +504,23 @@ def test_saved_views_show_sequences_choices_and_points_in_a_browser(
     assert points[0]["tags.`selected`"] == "true"
     assert points[0]["metrics.`val/unpruned_accuracy`"] == "0.9702"
     assert points[0]["metrics.`prune/unit_sparsity`"] == "0.375"
+    [family] = seen[views.FAMILIES]
+    assert family["params.`forgetting.margin`"] == "0.01"
+    assert family["metrics.`test/average_accuracy`"] == "0.905"
+    assert family["metrics.`test/average_accuracy_deviation`"] == "0.002"
+    assert family["tags.`clnp.seeds`"] == "0, 1"
+
+
+def test_means_over_seeds_are_one_run_that_grows_with_their_number(finished: RunFolder, sweep: Sweep) -> None:
+    one = SPREAD | {"margin": 0.02, "seeds": [0]}
+    for rows in ([SPREAD, one], [SPREAD, one], [SPREAD | {"seeds": [0, 1, 2], "average_test_accuracy_mean": 0.9}]):
+        log_spread(sweep, "family", rows)
+    client = MlflowClient(sweep.tracking.uri)
+    [run] = [each for each in runs_of(sweep).values() if each.data.tags["clnp.level"] == "family"]
+    history = client.get_metric_history(run.info.run_id, "test/average_accuracy")
+    assert [(each.step, each.value) for each in history] == [(2, 0.905), (3, 0.9)]
+    assert run.data.tags["clnp.seeds"] == "0, 1, 2"
+    assert run.info.status == "FINISHED"
 
 
 def test_a_view_that_its_users_changed_stays_as_it_is(finished: RunFolder, sweep: Sweep) -> None:
