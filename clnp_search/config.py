@@ -627,13 +627,13 @@ class Sweep(_Section):
         """The sequences that this sweep asks for, by the names of their runs; itself if it asks for one.
 
         Args:
-            name: What the names begin with: `NAME-m1-s0` is of margin 1% and seed 0.
+            name: What the names begin with: `NAME-s0-m1` is of seed 0 and margin 1%.
         """
         found = {}
         for seed in range(self.seed, self.seed + self.repetitions):
             for margin in self.margins or [self.forgetting.margin]:
-                suffix = f"-m{100 * margin:g}" if self.margins else ""
-                suffix += f"-s{seed}" if self.repetitions > 1 else ""
+                suffix = f"-s{seed}" if self.repetitions > 1 else ""
+                suffix += f"-m{100 * margin:g}" if self.margins else ""
                 forgetting = self.forgetting.model_copy(update={"margin": margin})
                 update = {"seed": seed, "repetitions": 1, "margins": (), "forgetting": forgetting}
                 found[name + suffix] = self.model_copy(update=update)

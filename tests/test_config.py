@@ -697,7 +697,7 @@ def test_patterns_for_a_network_of_ours_are_checked_with_the_file(tmp_path: Path
 def test_a_sweep_of_margins_and_repetitions_is_a_sequence_for_each() -> None:
     sweep = make_sweep(seed=3, repetitions=2, margins=["1%", 0.0005])
     members = sweep.members("run")
-    assert list(members) == ["run-m1-s3", "run-m0.05-s3", "run-m1-s4", "run-m0.05-s4"]
+    assert list(members) == ["run-s3-m1", "run-s3-m0.05", "run-s4-m1", "run-s4-m0.05"]
     assert [(each.seed, each.forgetting.margin) for each in members.values()] == [
         (3, 0.01),
         (3, 0.0005),

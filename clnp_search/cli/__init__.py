@@ -138,23 +138,27 @@ def run(
         return
     from clnp_search.branching import fork as begin
     from clnp_search.cli.runs import print_family
+    from clnp_search.search.capacity import local_capacity
 
     # All are checked before the first one begins.
     runs = [run_of(member, member_name) for member_name, member in members.items()]
-    first: dict[int, RunFolder] = {}
-    for member, folder in runs:
-        origin = first.setdefault(member.seed, folder)
-        if origin is not folder and not folder.exists("sweep.yaml"):
-            begin(origin, member, -1, folder)  # so that it takes over what is the same
-        drive(member, folder, address)
-    spread = print_family([folder for _, folder in runs], as_json)
-    if sweep.tracking.uri != "none" and sweep.repetitions > 1:
-        from clnp_search.tracking.mlflow import TrackingUnavailable, log_spread
+    family = sweep.name if name is None else name
+    at_once = (
+        sweep.repetitions if address != "local" else min(sweep.repetitions, local_capacity(sweep.resources).num_slots)
+    )
+    if at_once > 1:
+        from clnp_search.cli.seeds import run_seeds
 
-        try:
-            log_spread(sweep, sweep.name if name is None else name, spread)
-        except TrackingUnavailable as error:
-            err.print(f"[yellow]MLflow has no means of these runs: {error}[/]; the same command logs them later")
+        _log_spread(sweep, family, [])  # makes the store ready, which several processes at a time cannot
+        run_seeds(sweep, family, address, at_once)
+    else:
+        first: dict[int, RunFolder] = {}
+        for member, folder in runs:
+            origin = first.setdefault(member.seed, folder)
+            if origin is not folder and not folder.exists("sweep.yaml"):
+                begin(origin, member, -1, folder)  # so that it takes over what is the same
+            drive(member, folder, address)
+    _log_spread(sweep, family, print_family([folder for _, folder in runs], as_json))
 
 
 def resume(
@@ -257,6 +261,18 @@ for command in (
     schema,
 ):
     app.command()(command)
+
+
+def _log_spread(sweep: Sweep, family: str, rows: list[dict[str, Any]]) -> None:
+    if sweep.tracking.uri == "none" or sweep.repetitions == 1:
+        return
+    from clnp_search.tracking.mlflow import TrackingUnavailable, log_spread
+
+    try:
+        log_spread(sweep, family, rows)
+    except TrackingUnavailable as error:
+        if rows:
+            err.print(f"[yellow]MLflow has no means of these runs: {error}[/]; the same command logs them later")
 
 
 def _execute(sweep: Sweep, folder: RunFolder, address: str, as_json: bool, retry_failed: bool = False) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
+import pytest
 from command_line import Cli
+from mlflow import MlflowClient
 
 from clnp_search.branching import points_taken_over
 from clnp_search.storage import RunFolder
@@ -38,3 +40,20 @@ def test_several_margins_train_the_first_grid_once(cli: Cli) -> None:
     assert (points_taken_over(first), points_taken_over(second)) == ((0, 8), (4, 4))
     assert found["runs"][0]["free_units"] < found["runs"][1]["free_units"]
     assert cli.json("verify", "family-m20")["verified"]
+
+
+@pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")  # MLflow 3.17 on SQLAlchemy 2.1
+def test_seeds_run_side_by_side_and_each_ends_as_it_does_alone(cli: Cli, finished: Path) -> None:
+    shown = cli.json("run", "sweep.yaml", "--name", "seeds", "--set", "repetitions=2")
+    alone = cli.json("status", "undisturbed")
+    assert [run["name"] for run in shown["runs"]] == ["seeds-s0", "seeds-s1"]
+    assert shown["runs"][0]["state_digest"] == alone["state_digest"] != shown["runs"][1]["state_digest"]
+    accuracies = [run["average_test_accuracy"] for run in shown["runs"]]
+    client = MlflowClient(f"sqlite:///{cli.folder}/mlflow.db")
+    experiment = client.get_experiment_by_name("sweep")
+    assert experiment is not None
+    [family] = client.search_runs([experiment.experiment_id], "tags.`clnp.level` = 'family'")
+    assert family.data.metrics["test/average_accuracy"] == pytest.approx(sum(accuracies) / 2)
+    sequences = client.search_runs([experiment.experiment_id], "tags.`clnp.level` = 'sequence'")
+    ended = {run.info.run_name: run.info.status for run in sequences}
+    assert ended["seeds-s0"] == ended["seeds-s1"] == "FINISHED"
