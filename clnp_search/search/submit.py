@@ -71,10 +71,16 @@ def submit_run(sweep: Sweep, name: str, address: str) -> Job:
 
 def _client(address: str):  # type: ignore[no-untyped-def]
     try:
+        from ray.exceptions import AuthenticationError
         from ray.job_submission import JobSubmissionClient
 
         return JobSubmissionClient(address)
     except ImportError as error:
         raise InputError(f"submit needs the cluster extra: `pip install 'clnp-search[cluster]'` ({error})") from error
+    except AuthenticationError as error:
+        raise InputError(
+            f"--address {address}: this cluster wants the token that its head was started with: set "
+            "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
+        ) from error
     except (ConnectionError, RuntimeError) as error:
         raise InputError(f"--address {address}: no Ray job server answers there: {error}") from error
