@@ -46,7 +46,7 @@ def status(run: Run, storage: Storage = "runs/", as_json: AsJson = False) -> Non
     if summary.tasks:
         out.print(summary_table(summary))
         out.print(summary_line(summary))
-        for sentence in in_words(summary.tasks, num_tasks):
+        for sentence in in_words(summary.tasks, num_tasks) if progress.sweep.method == "clnp" else ():
             out.print(f"[yellow]{sentence}[/]", highlight=False)
     colour = COLOURS[progress.status]
     committed = f"{len(summary.tasks)} of {num_tasks}" if num_tasks else f"{len(summary.tasks)}"

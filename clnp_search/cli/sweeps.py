@@ -63,7 +63,7 @@ def plan(
         "sequences": list(members),
         "tasks": len(sequence),
         "tasks_done": len(found.done),
-        "points_per_searched_task": len(sweep.search.alpha) * len(sweep.search.learning_rate),
+        "points_per_searched_task": sweep.num_points,
         "points_in_all": num_points,
         "packs": [[points[index].name for index in pack] for pack in packs],
         "points": [

@@ -41,6 +41,9 @@ def grid(sweep: Sweep, chosen: Point | None, layers: Sequence[str]) -> tuple[Poi
     """
     if chosen is not None:
         return (Point(0, chosen.alpha, chosen.learning_rate),)
+    if sweep.method != "clnp":
+        steered = enumerate(itertools.product(sweep.strengths, sweep.search.learning_rate))
+        return tuple(Point(index, (strength,), rate) for index, (strength, rate) in steered)
     product = itertools.product(sweep.search.alpha, sweep.search.learning_rate)
     return tuple(Point(index, sweep.layer_alphas(alpha, layers), rate) for index, (alpha, rate) in enumerate(product))
 
@@ -66,6 +69,8 @@ def point_key(
         "alpha": point.alpha,
         "learning_rate": point.learning_rate,
     }
+    if sweep.method != "clnp":
+        parts["method"] = sweep.method
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

@@ -171,7 +171,7 @@ def _settings(sweep: Sweep) -> dict[str, str]:
     left_out = {"name", "repetitions", "margins", "storage", "tracking", "resources", "modules"}
     dump = sweep.model_dump(mode="json", exclude=left_out)
     dump["scenario"].pop("root")
-    flat = {"seed": dump.pop("seed")}
+    flat = {key: dump.pop(key) for key in ("seed", "method")}
     flat |= {f"{section}.{key}": value for section, values in dump.items() for key, value in values.items()}
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in flat.items()}
 
@@ -186,7 +186,9 @@ def _swept(alpha: tuple[float, ...], learning_rate: float) -> Metrics:
 
 
 def _theta(theta: tuple[float, ...], groups: Sequence[str]) -> Metrics:
-    """One threshold if all are equal, else each group's."""
+    """One threshold if all are equal, else each group's; none of a baseline."""
+    if not theta:
+        return []
     if len(set(theta)) == 1:
         return [("prune/theta", theta[0], 0)]
     return [(f"prune/theta.{group}", value, 0) for group, value in zip(groups, theta, strict=True)]
