@@ -751,7 +751,7 @@ class Sweep(_Section):
 
 
 # What is tried by default of the baselines that have a strength.
-STRENGTHS = {"ewc": (10.0, 100.0, 1000.0), "si": (0.01, 0.1, 1.0), "packnet": (0.5, 0.75)}
+STRENGTHS = {"ewc": (100.0, 1000.0, 10000.0), "si": (0.1, 1.0, 10.0), "packnet": (0.5, 0.75)}
 # What a fork may change: what was decided before its first own task stays as it was.
 FORKED_SECTIONS = ("training", "search", "forgetting")
 
@@ -924,6 +924,8 @@ def _method_faults(sweep: Sweep) -> Iterator[str]:
             yield f"search.strength: {list(strengths)}: a value is there twice; allowed: each once"
     if method == "clnp":
         return
+    if sweep.search.tasks == "first" and method in ("ewc", "si") and len(sweep.strengths) > 1:
+        yield f"search.tasks: first: {method} holds to earlier tasks alone; allowed: every, or one search.strength"
     if sweep.margins:
         yield f"margins: method {method} prunes by no margin; allowed: none"
     if sweep.capacity.on_depletion != "continue":

@@ -261,6 +261,10 @@ def test_a_run_of_another_method_is_refused(tmp_path: Path) -> None:
         ({"method": "packnet", "search": {"strength": [0.5, 1]}}, "search.strength: [0.5, 1.0]: a share of weights"),
         ({"method": "ewc", "search": {"strength": [2, 2]}}, "search.strength: [2.0, 2.0]: a value is there twice"),
         ({"method": "ewc", "search": {"strength": -1}}, "search.strength[0]: -1: input should be greater than"),
+        (
+            {"method": "si", "search": {"tasks": "first"}},
+            "search.tasks: first: si holds to earlier tasks alone",
+        ),
         ({"method": "si", "margins": ["1%", "2%"]}, "margins: method si prunes by no margin"),
         ({"method": "si", "capacity": {"on_depletion": "stop"}}, "capacity.on_depletion: stop: method si uses all"),
         ({"method": "si", "head": {"kind": "single", "bias": "per_task"}}, "head.bias: per_task: method si shares"),
