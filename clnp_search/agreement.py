@@ -120,6 +120,20 @@ def recorded_choice(folder: RunFolder, plan: TaskPlan, rules: ForgettingConfig) 
     return Chosen(records, scans, choice, next(record for record in last if record.point.index == choice.chosen))
 
 
+def recorded_best(folder: RunFolder, plan: TaskPlan) -> Chosen:
+    """The records of a baseline's task that has chosen, and the choice as it follows from them.
+
+    Raises:
+        RuntimeError: As `recorded_choice`.
+    """
+    records = _recorded(folder, plan)
+    choice = selection.best_mean(records)
+    if folder.read_selection(plan.task) is None:
+        raise RuntimeError(f"{folder.uri}: task {plan.task}: selection.json is missing")
+    check_selection(folder, plan.task, choice)
+    return Chosen(records, [], choice, next(record for record in records if record.point.index == choice.chosen))
+
+
 def _recorded(folder: RunFolder, plan: TaskPlan) -> list[PointRecord]:
     """The records of a plan's points."""
     records = []

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from clnp_search.config import Sweep, load_sweep, parse_sweep
+from clnp_search.config import Sweep, load_sweep, network_state, parse_sweep
 from clnp_search.errors import InputError
 from clnp_search.progress import Progress, progress_of
 from clnp_search.records import Summary
@@ -165,7 +165,7 @@ class Run:
         if not 0 <= task < committed:
             allowed = f"0 to {committed - 1}" if committed else "none yet"
             raise InputError(f"task {task} is not committed; allowed: {allowed}")
-        return Subnetwork(self._folder.read_state(committed - 1), task)
+        return Subnetwork(network_state(self._folder, self.sweep, task), task)
 
     def _table(self, path: str) -> pd.DataFrame:
         """A CSV file of the run; one without a row has no column either."""

@@ -60,6 +60,10 @@ def reselect(
         InputError: The task is not committed, or was fine-tuned, so that other rules need other training.
         RuntimeError: A record is missing, or no candidate stays inside the margin.
     """
+    if sweep.method != "clnp":
+        raise InputError(
+            f"{folder.uri}: method {sweep.method} prunes by no margin or threshold; nothing to choose again"
+        )
     plan = folder.read_plan(task)
     if plan is None or task >= len(folder.read_results()):
         raise InputError(f"{folder.uri}: task {task} is not committed")

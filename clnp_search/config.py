@@ -40,8 +40,9 @@ from clnp_search.tasks import SCENARIOS, Kind, Scenario, Wanted, kind_of
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from clnp_search.clnp.baselines import Baseline
     from clnp_search.clnp.graph import Graph
-    from clnp_search.clnp.state import Architecture
+    from clnp_search.clnp.state import Architecture, State
     from clnp_search.clnp.trace import Traced
     from clnp_search.clnp.training import TrainingSettings
 
@@ -474,6 +475,9 @@ class SearchConfig(_Section):
     random and optuna a single one, in which each number may be a range {low: 1e-7, high: 1e-3}."""
     learning_rate: Annotated[tuple[Rate, ...], Field(min_length=1), _list_or_one(Rate)] = (0.001, 0.002)
     """Learning rates to try; for random and optuna a single one, or a range."""
+    strength: Annotated[tuple[NonNegative, ...], Field(min_length=1), _list_or_one(NonNegative)] | None = None
+    """Of a baseline, instead of `alpha`: strengths of its penalty (ewc: lambda; si: c), or shares of each layer's
+    free weights that a task prunes and gives back (packnet). Default: a few of each method's."""
     algorithm: Literal["grid", "random", "optuna"] = "grid"
     """grid: all values of alpha with all learning rates. random: `points` draws from ranges {low: , high: }. optuna:
     `points` draws, each batch of them on the results of those before."""
@@ -512,9 +516,14 @@ class SearchConfig(_Section):
         return {name: part for name, part in parts.items() if isinstance(part, Range)}
 
     @property
+    def rates(self) -> list[float]:
+        """The learning rates of a grid."""
+        return [rate for rate in self.learning_rate if not isinstance(rate, Range)]
+
+    @property
     def grid(self) -> list[tuple[AlphaValue, float]]:
         """Every alpha with every learning rate, in order."""
-        return [(alpha, rate) for alpha in self.alpha for rate in self.learning_rate if not isinstance(rate, Range)]
+        return [(alpha, rate) for alpha in self.alpha for rate in self.rates]
 
     def at(self, drawn: Mapping[str, float]) -> tuple[AlphaValue, float]:
         """Alpha and learning rate with values in place of their ranges."""
@@ -609,6 +618,9 @@ class Sweep(_Section):
     """A sequence for each of so many seeds, from `seed` on; see also `margins`."""
     margins: Annotated[tuple[Margin, ...], _list_without_repeats(Margin)] = ()
     """A sequence for each of these margins, instead of the one of `forgetting`; what they share is trained once."""
+    method: Literal["clnp", "single_task", "finetune", "joint", "ewc", "si", "packnet"] = "clnp"
+    """How the network goes from task to task: clnp; or one to compare it with, on the same networks, tasks and seeds.
+    Of those, `search.alpha`, `forgetting` and what prunes or penalises by L1 say nothing."""
     scenario: ScenarioConfig
     network: NetworkConfig
     head: HeadConfig = HeadConfig()
@@ -725,11 +737,36 @@ class Sweep(_Section):
         from clnp_search.clnp.state import Architecture
         from clnp_search.clnp.trace import NetworkRefused
 
+        shared = self.method != "clnp" and self.head.kind == "single"
         try:
-            return Architecture(self.graph(input_shape), self.head.kind, self.head.bias)
+            graph = self.graph(input_shape)
+            if self.method == "packnet" and graph.has_batch_statistics:
+                raise InputError("method: packnet: a batch normalisation's statistics are of all tasks; allowed: none")
+            return Architecture(graph, "shared" if shared else self.head.kind, self.head.bias)
         except NetworkRefused as error:
             listed = "\n".join(f"  {each.module}: {each.reason}" for each in error.refused)
             raise InputError(f"network.module: refused for {len(error.refused)} reason(s)\n{listed}") from error
+
+    @property
+    def baseline(self) -> Baseline | None:
+        """The method, if it is not clnp."""
+        if self.method == "clnp":
+            return None
+        from clnp_search.clnp.baselines import BASELINES
+
+        return BASELINES[self.method]
+
+    @property
+    def strengths(self) -> tuple[float, ...]:
+        """The strengths of a baseline that are tried; of one that has none, and of clnp, a zero."""
+        return self.search.strength or STRENGTHS.get(self.method, (0.0,))
+
+    @property
+    def num_points(self) -> int:
+        """How many points a searched task tries."""
+        if self.method == "clnp":
+            return self.search.num_points
+        return len(self.strengths) * len(self.search.learning_rate)
 
     def layer_alphas(self, alpha: AlphaValue, layers: Sequence[str]) -> tuple[float, ...]:
         """An alpha of the grid as one value for each of the network's layers.
@@ -758,7 +795,7 @@ class Sweep(_Section):
         """What decides the results and the choice of each task, by key; the number of tasks only if it changes them."""
         kind = kind_of(self.scenario.name)
         left_out = {"root", "tasks"} if kind is not None and kind.extensible else {"root"}
-        dump = {
+        dump: dict[str, Any] = {
             "seed": self.seed,
             "scenario": self.scenario.model_dump(mode="json", exclude=left_out),
             "network": self.network.model_dump(mode="json"),
@@ -769,6 +806,10 @@ class Sweep(_Section):
         }
         if self.capacity.on_depletion == "expand":
             dump["capacity"] = self.capacity.model_dump(mode="json")
+        if self.method != "clnp":
+            del dump["forgetting"], dump["search"]["alpha"]
+            dump["search"]["strength"] = list(self.strengths)
+            dump["method"] = self.method
         return dict(_flatten(dump))
 
     def overridden(self, overrides: Sequence[str]) -> Sweep:
@@ -835,6 +876,8 @@ SEARCHED_BY = {
 }
 DRAWN_POINTS = 24
 AUTO_MARGINS = (0.0, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05)
+# What is tried by default of the baselines that have a strength.
+STRENGTHS = {"ewc": (100.0, 1000.0, 10000.0), "si": (0.1, 1.0, 10.0), "packnet": (0.5, 0.75)}
 # What a fork may change: what was decided before its first own task stays as it was.
 FORKED_SECTIONS = ("training", "search", "forgetting")
 
@@ -879,10 +922,22 @@ def parse_sweep(raw: dict[str, Any], source: str) -> Sweep:
     faults.extend(_faults_between_sections(raw))
     if sweep is not None:
         faults.extend(_grid_faults(sweep))
+        faults.extend(_method_faults(sweep))
     if faults or sweep is None:
         listed = "\n".join(f"  {fault}" for fault in dict.fromkeys(faults))
         raise InputError(f"{source}: {len(dict.fromkeys(faults))} fault(s)\n{listed}")
     return sweep
+
+
+def network_state(folder: RunFolder, sweep: Sweep, task: int) -> State:
+    """The state that a committed task is computed from: the latest, or its own if it keeps a network of its own.
+
+    Raises:
+        InputError: It is not committed.
+        ValueError: As `RunFolder.read_state`.
+    """
+    alone = sweep.baseline is not None and sweep.baseline.ALONE
+    return folder.read_state(task if alone else len(folder.read_results()) - 1)
 
 
 def sweep_of(folder: RunFolder) -> Sweep:
@@ -1023,6 +1078,30 @@ def _grid_faults(sweep: Sweep) -> Iterator[str]:
             if (first := values.index(value)) < index:
                 same, shown = getattr(sweep.search, key)[first], getattr(sweep.search, key)[index]
                 yield f"search.{key}[{index}]: {shown} is search.{key}[{first}], {same}, again; allowed: each once"
+
+
+def _method_faults(sweep: Sweep) -> Iterator[str]:
+    """What a method cannot do."""
+    strengths, method = sweep.search.strength, sweep.method
+    if strengths is not None:
+        if method not in STRENGTHS:
+            yield f"search.strength: {list(strengths)}: method {method} has none; allowed: of {', '.join(STRENGTHS)}"
+        elif method == "packnet" and max(strengths) >= 1:
+            yield f"search.strength: {list(strengths)}: a share of weights to prune; allowed: 0 or more, less than 1"
+        if len(set(strengths)) < len(strengths):
+            yield f"search.strength: {list(strengths)}: a value is there twice; allowed: each once"
+    if method == "clnp":
+        return
+    if sweep.search.algorithm != "grid":
+        yield f"search.algorithm: {sweep.search.algorithm}: method {method} tries all strengths; allowed: grid"
+    if sweep.search.tasks == "first" and method in ("ewc", "si") and len(sweep.strengths) > 1:
+        yield f"search.tasks: first: {method} holds to earlier tasks alone; allowed: every, or one search.strength"
+    if sweep.margins:
+        yield f"margins: method {method} prunes by no margin; allowed: none"
+    if sweep.capacity.on_depletion != "continue":
+        yield f"capacity.on_depletion: {sweep.capacity.on_depletion}: method {method} uses all units; allowed: continue"
+    if sweep.head.kind == "single" and sweep.head.bias == "per_task":
+        yield f"head.bias: per_task: method {method} shares a single head and its bias; allowed: frozen, none"
 
 
 def _explain(detail: Any) -> str:

@@ -90,7 +90,8 @@ def plan_run(sequence: TaskSequence, folder: RunFolder, capacity: Capacity, meas
     """
     done = folder.read_results()
     units = done[-1].units if done else {}
-    active = {group: each.active for group, each in units.items()}
+    is_clnp = sequence.sweep.method == "clnp"  # in a baseline no unit is ever frozen
+    active = {group: each.active for group, each in units.items() if is_clnp}
     widths = {group: each.total for group, each in units.items()}
     wider = widths | sequence.wider(units)
     left = [_Workload(sequence, folder, index, wider, active, capacity) for index in range(len(done), len(sequence))]
@@ -99,7 +100,7 @@ def plan_run(sequence: TaskSequence, folder: RunFolder, capacity: Capacity, meas
     if measure:
         pace: Pace | None = _measured(left[0])
     elif done:
-        before = {group: each.active - each.new for group, each in units.items()}
+        before = {group: each.active - each.new for group, each in units.items() if is_clnp}
         pace = _recorded(done[-1], _Workload(sequence, folder, len(done) - 1, widths, before, capacity))
     else:
         pace = _assumed(sequence)
@@ -143,9 +144,10 @@ class _Workload:
                 self.points = self.points[:1]  # which one will be chosen is not known; any costs the same
             self.packs = plan_packs(sweep, self.points, self.memory, capacity.num_slots, capacity.slot_bytes)
         searched = index == 0 or sweep.search.tasks == "every"
-        self.num_points = max(len(self.points), sweep.search.num_points if searched else 0)
+        self.num_points = max(len(self.points), sweep.num_points if searched else 0)
         sample_flop = training_flop(architecture, active, data.info.num_classes)
-        steps = math.ceil(len(data.train) / sweep.training.batch_size)
+        tasks = index + 1 if sweep.method == "joint" else 1
+        steps = math.ceil(tasks * len(data.train) / sweep.training.batch_size)
         # Trials of one wave train side by side, so a task takes as long as its largest pack, wave after wave.
         self.waves = math.ceil(len(self.packs) / capacity.num_slots) * math.ceil(self.num_points / len(self.points))
         self.pack_size = max(len(pack) for pack in self.packs)
@@ -153,7 +155,7 @@ class _Workload:
         # Validation is a third of training's arithmetic, and the scan takes less than one epoch. Fine-tuning is counted
         # as if every point were a candidate.
         share = (len(data.train) + len(data.validation) / 3) / len(data.train)
-        rounds = sweep.forgetting.finetune_rounds
+        rounds = sweep.forgetting.finetune_rounds if sweep.method == "clnp" else 0
         epochs = sweep.training.epochs + rounds * sweep.forgetting.finetune_epochs
         self.steps = self.waves * steps * (epochs * share + 1 + rounds)
 

@@ -18,7 +18,7 @@ class Point:
 
     Args:
         index: Position in the grid's order, from 0.
-        alpha: L1 coefficient of each hidden layer, then of the head.
+        alpha: L1 coefficient of each hidden layer, then of the head; of a baseline, its strength alone.
         learning_rate: Initial step size.
     """
 
@@ -177,6 +177,7 @@ class PointRecord:
         round: Of fine-tuning, of which this is the end; 0 for the search itself.
         started, ended: When its pack was trained, in seconds since 1970; 0 if it was not recorded.
         origin: The run folder that it was taken over from; empty if it was trained for this run.
+        val_accuracies: Of a baseline, on each task that it is chosen by, whose samples `val_total` counts together.
     """
 
     key: str
@@ -193,10 +194,13 @@ class PointRecord:
     ended: float = 0.0
     round: int = 0
     origin: str = ""
+    val_accuracies: tuple[float, ...] = ()
 
     @property
     def val_accuracy(self) -> float:
-        """Validation accuracy before pruning, as a fraction."""
+        """Validation accuracy before pruning, as a fraction; of a baseline the mean over tasks."""
+        if self.val_accuracies:
+            return sum(self.val_accuracies) / len(self.val_accuracies)
         return self.val_correct / self.val_total if self.val_total else 0.0
 
 
@@ -320,6 +324,8 @@ class TaskResult:
         state_digest: SHA-256 of the whole state after the task.
         state_sha256: SHA-256 of the file that holds it.
         ended: When it was committed, in seconds since 1970; 0 if it was not recorded.
+        accuracy_before, accuracy_untrained: Test accuracies on it of the network before it, and of the network before
+            any task; None where that has no head that the task could be read with.
     """
 
     index: int
@@ -336,6 +342,8 @@ class TaskResult:
     seconds: float
     state_sha256: str = ""
     ended: float = 0.0
+    accuracy_before: float | None = None
+    accuracy_untrained: float | None = None
 
 
 @dataclass(frozen=True)
@@ -344,6 +352,7 @@ class Summary:
 
     Args:
         reason: Why it failed, if it did.
+        forward_transfer: None where it is not defined: a task needs a head before it is trained.
     """
 
     schema: int
@@ -357,18 +366,25 @@ class Summary:
     state_digest: str
     tasks: tuple[TaskResult, ...]
     reason: str = ""
+    forward_transfer: float | None = None
 
 
 def summarise(name: str, status: RunStatus, seed: int, state_digest: str, tasks: tuple[TaskResult, ...]) -> Summary:
     """A sequence's figures from its tasks' results.
 
     Forgetting of a task is its best test accuracy at any time minus its last; backward transfer is its last minus
-    the one right after it was learned (Source: Lopez-Paz and Ranzato 2017; Chaudhry et al. 2018).
+    the one right after it was learned; forward transfer is the one right before it minus that of the untrained network
+    (Source: Lopez-Paz and Ranzato 2017; Chaudhry et al. 2018).
     """
     last = tasks[-1].test_accuracies if tasks else ()
     history = [[later.test_accuracies[task.index] for later in tasks[task.index :]] for task in tasks[:-1]]
     forgetting = [max(seen) - seen[-1] for seen in history]
     transfer = [seen[-1] - seen[0] for seen in history]
+    ahead = [
+        task.accuracy_before - task.accuracy_untrained
+        for task in tasks[1:]
+        if task.accuracy_before is not None and task.accuracy_untrained is not None
+    ]
     return Summary(
         schema=1,
         name=name,
@@ -380,4 +396,5 @@ def summarise(name: str, status: RunStatus, seed: int, state_digest: str, tasks:
         backward_transfer=sum(transfer) / len(transfer) if transfer else 0.0,
         state_digest=state_digest,
         tasks=tasks,
+        forward_transfer=sum(ahead) / len(ahead) if ahead else None,
     )

@@ -39,6 +39,30 @@ def candidates(records: Sequence[PointRecord], margin: float) -> tuple[int, list
     return limit, [record for record in done if record.val_correct >= limit]
 
 
+def best_mean(records: Sequence[PointRecord]) -> Selection:
+    """The point of a baseline with the highest mean validation accuracy, over all tasks that it is chosen by.
+
+    What may forget cannot be judged by its last task alone. Ties go to the smaller strength, the smaller learning
+    rate, point order.
+
+    Raises:
+        RuntimeError: No point was trained successfully.
+    """
+    _, done = candidates(records, margin=1.0)
+    ranked = sorted(done, key=lambda each: (-each.val_accuracy, sum(each.point.alpha), each.point.learning_rate))
+    first = ranked[0]
+    inside = tuple(record.point.index for record in done if record.val_accuracy == first.val_accuracy)
+    shown = ", ".join(f"{accuracy:.4%}" for accuracy in first.val_accuracies)
+    reasons = [
+        f"{len(done)} of {len(records)} points were trained; nothing is pruned by a margin.",
+        f"{first.point.name} has the highest validation accuracy, {first.val_accuracy:.4%}: the mean over "
+        f"{len(first.val_accuracies)} task(s), {shown}.",
+    ]
+    if len(ranked) > 1:
+        reasons.append(f"Next: {ranked[1].point.name} at {ranked[1].val_accuracy:.4%}.")
+    return Selection(first.val_accuracy, 0.0, first.val_correct, inside, first.point.index, tuple(reasons))
+
+
 @dataclass(frozen=True)
 class Spent:
     """The margin that a task spends.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -22,6 +23,7 @@ from clnp_search.agreement import (
     check_plan,
     check_selection,
     check_sweep,
+    recorded_best,
     recorded_choice,
     sweep_at,
 )
@@ -111,9 +113,13 @@ class TaskSequence:
         return point_key(state.digest, self.task(index), self.data_digest(index), self.sweep, point)
 
     def data_digest(self, index: int) -> str:
-        """SHA-256 of the samples and splits of the task at `index`, and of how its network sees them."""
+        """SHA-256 of the samples and splits of the task at `index`, and of how its network sees them; of all tasks so
+        far, where it is trained on their data.
+        """
         if index not in self._digests:
             self._digests[index] = self.data(index).digest
+        if index and self.sweep.method == "joint":
+            return hashlib.sha256((self.data_digest(index - 1) + self._digests[index]).encode()).hexdigest()
         return self._digests[index]
 
     def read_plan(self, folder: RunFolder, index: int, parent_digest: str) -> TaskPlan | None:
@@ -165,6 +171,7 @@ class TaskSequence:
             seed=sweep.seed,
             graph=self.architecture.graph,
             augment=sweep.scenario.augment.settings,
+            method=sweep.method,
         )
 
     def empty_state(self) -> State:
@@ -178,9 +185,15 @@ class TaskSequence:
             architecture: As the task begins with it.
             active: Units of each group that are frozen already.
         """
-        data = self.data(index)
+        data, baseline = self.data(index), self.sweep.baseline
         classes, settings = data.info.num_classes, self.sweep.training.settings
-        return estimate_memory(architecture, active, classes, len(data.train), len(data.validation), settings)
+        train, validation = len(data.train), len(data.validation)
+        if baseline is None:
+            return estimate_memory(architecture, active, classes, train, validation, settings)
+        tasks = index + 1 if baseline.JOINT else 1
+        estimate = estimate_memory(architecture, {}, classes, tasks * train, tasks * validation, settings)
+        # What a regulariser keeps: at most an importance, an anchor and four buffers for each parameter.
+        return MemoryEstimate(estimate.fixed + estimate.per_point, 2 * estimate.per_point)
 
 
 def plan_packs(
@@ -545,7 +558,8 @@ class Runner:
             )
         self._folder.write_table(task, "points", rows)
         front = [asdict(model) | {"theta": json.dumps(model.theta)} for model in pareto_front(rounds[0])]
-        self._folder.write_table(task, "pareto", front)
+        if front:  # of a baseline there is none
+            self._folder.write_table(task, "pareto", front)
         for scan in rounds[0]:
             name = next(record.point.name for record in records if record.point.index == scan.point)
             self._folder.write_curve(task, name, scan.curve, layers)
@@ -596,6 +610,8 @@ def reused_point(folder: RunFolder, sweep: Sweep, index: int) -> Point | None:
         return None
     first = folder.read_plan(0)
     assert first is not None, "task 0 is committed"
+    if sweep.method != "clnp":
+        return recorded_best(folder, first).kept.point
     rules = sweep_at(folder, sweep, first).forgetting
     return first.points[recorded_choice(folder, first, rules).choice.chosen]
 

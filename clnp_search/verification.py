@@ -13,12 +13,14 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from clnp_search.agreement import Chosen, check_commit, recorded_choice, sweep_at
+from clnp_search.agreement import Chosen, check_commit, recorded_best, recorded_choice, sweep_at
+from clnp_search.baseline import accuracies_ahead, check_validation, networks_after, test_accuracies
+from clnp_search.baseline import selected as selected_by_baseline
 from clnp_search.clnp.state import FreeParameters, State, commit
 from clnp_search.clnp.subnetwork import Subnetwork
 from clnp_search.config import sweep_of
 from clnp_search.errors import InputError
-from clnp_search.records import TaskPlan, TaskResult, summarise
+from clnp_search.records import Selected, TaskPlan, TaskResult, summarise
 from clnp_search.search.proposals import agree
 from clnp_search.sequence import TaskSequence, count_units, num_correct, reused_point, selected
 from clnp_search.storage import RunFolder
@@ -55,7 +57,8 @@ def verify(folder: RunFolder) -> list[Check]:
     sweep = checks.of(None, "sweep is readable", partial(sweep_of, folder))
     results = checks.of(None, "results are readable", folder.read_results)
     if sweep is not None and results is not None:
-        _Proof(folder, TaskSequence(sweep), results, checks).check()
+        proof = _Proof if sweep.method == "clnp" else _BaselineChecks
+        proof(folder, TaskSequence(sweep), results, checks).check()
     if not results and all(check.passed for check in checks.made):
         raise InputError(f"{folder.uri}: no task is committed yet")
     return checks.made
@@ -151,8 +154,8 @@ class _Proof:
     def _choice(self, plan: TaskPlan) -> tuple[FreeParameters, Chosen]:
         """The parameters that a task kept, and how they were chosen."""
         result = self._results[plan.task]
-        chosen = recorded_choice(self._folder, plan, sweep_at(self._folder, self._sequence.sweep, plan).forgetting)
-        records, choice, scan = chosen.records, chosen.choice, chosen.scan
+        chosen = self._chosen(plan)
+        records, choice = chosen.records, chosen.choice
         for record in records:
             if record.status == "done":
                 self._folder.read_trained(plan.task, record)
@@ -162,13 +165,20 @@ class _Proof:
             name=plan.name,
             best_val_accuracy=choice.best_val_accuracy,
             margin=choice.margin,
-            selected=selected(plan.points[choice.chosen], scan),
+            selected=self._selected(chosen),
             test_accuracy=result.test_accuracies[plan.task],
             points=len(records),
         )
         if result != expected or len(result.test_accuracies) != plan.task + 1:
             raise ValueError("result.json says something else")
         return self._folder.read_trained(plan.task, chosen.kept), chosen
+
+    def _chosen(self, plan: TaskPlan) -> Chosen:
+        rules = sweep_at(self._folder, self._sequence.sweep, plan).forgetting
+        return recorded_choice(self._folder, plan, rules)
+
+    def _selected(self, chosen: Chosen) -> Selected:
+        return selected(chosen.kept.point, chosen.scan)
 
     def _subnetworks(self, task: int, state: State) -> None:
         for earlier in range(task + 1):
@@ -216,3 +226,52 @@ class _Proof:
             summary.name, summary.status, seed, self._digests[shown], self._results[:shown]
         ):
             raise ValueError("summary.json says something else")
+
+
+class _BaselineChecks(_Proof):
+    """The checks of a baseline's run: that its files follow from one another and its accuracies from its networks.
+
+    Of forgetting they prove nothing, except of PackNet, whose tasks keep their weights.
+    """
+
+    def check(self) -> None:
+        method = self._sequence.sweep.method
+        super().check()
+        detail = {
+            "packnet": "weights of earlier tasks stay; their digests are checked above",
+            "single_task": "none by construction: each task has a network of its own",
+        }.get(method, f"not claimed: {method} may forget, and its accuracies say how much")
+        self._checks.made.append(Check(None, "zero forgetting", True, detail))
+
+    def _check_latest(self, task: int, latest: State) -> None:
+        if self._sequence.sweep.method == "packnet":
+            super()._check_latest(task, latest)
+
+    def _chosen(self, plan: TaskPlan) -> Chosen:
+        return recorded_best(self._folder, plan)
+
+    def _selected(self, chosen: Chosen) -> Selected:
+        return selected_by_baseline(chosen.kept.point, chosen.kept)
+
+    def _subnetworks(self, task: int, state: State) -> None:
+        result, networks = self._results[task], list(networks_after(self._sequence, self._folder, state))
+        if networks[-1].digest != result.digest:
+            raise ValueError("that of the task is not the one that was committed")
+        for earlier, accuracy in enumerate(test_accuracies(self._sequence, networks)):
+            if accuracy != result.test_accuracies[earlier]:
+                raise ValueError(
+                    f"task {earlier} has test accuracy {accuracy:.6f}, but {result.test_accuracies[earlier]:.6f} "
+                    "in result.json"
+                )
+        self._logits[task] = networks[-1](self._sequence.data(task).test.inputs[:NUM_COMPARED])
+
+    def _commit(self, task: int, before: State, state: State, trained: FreeParameters, chosen: Chosen) -> None:
+        baseline = self._sequence.sweep.baseline
+        assert baseline is not None, "of a baseline's run"
+        if baseline.after(before, self._sequence.data(task).info, trained).digest != state.digest:
+            raise ValueError("the chosen parameters give another state")
+        if count_units(state) != self._results[task].units:
+            raise ValueError("result.json counts other units")
+        if replace(self._results[task], **accuracies_ahead(self._sequence, before, task)) != self._results[task]:
+            raise ValueError("result.json says other accuracies of the networks before the task")
+        check_validation(self._sequence, state, chosen.kept)

@@ -7,12 +7,14 @@ from typing import Any
 
 from builders import make_sweep
 
+from clnp_search.baseline import runner_of
 from clnp_search.clnp.state import State
 from clnp_search.config import Sweep
+from clnp_search.listener import Listener
 from clnp_search.records import PackProgress, Point, ScanRecord, Summary, TaskPlan
 from clnp_search.search.capacity import Capacity
 from clnp_search.search.trial import RunInputs, TaskInputs, run_pack, scan_point
-from clnp_search.sequence import Runner, TaskSequence
+from clnp_search.sequence import TaskSequence
 from clnp_search.storage import RunFolder
 
 SECTIONS: dict[str, Any] = {
@@ -70,8 +72,8 @@ class InProcess:
         return (scan_point(TaskInputs(shared, *of_task), point, min_correct, rule) for point in points)
 
 
-def run_in_process(sweep: Sweep, folder: RunFolder) -> Summary:
+def run_in_process(sweep: Sweep, folder: RunFolder, listeners: Sequence[Listener] = ()) -> Summary:
     """A run to its end, or on to it."""
     if not folder.exists("sweep.yaml"):
         folder.write_sweep(sweep.to_yaml())
-    return Runner(TaskSequence(sweep), folder, InProcess()).run()  # type: ignore[arg-type]
+    return runner_of(TaskSequence(sweep), folder, InProcess(), listeners).run()  # type: ignore[arg-type]

@@ -18,6 +18,7 @@ LEVELS = [
     {"__main__", "api"},
     {"cli"},
     {"verification", "planning", "branching"},
+    {"baseline"},
     {"sequence"},
     {"agreement", "listener"},
     {"search", "selection", "tracking", "report", "progress"},

@@ -314,13 +314,12 @@ def drive(sweep: Sweep, folder: RunFolder, address: str, retry_failed: bool = Fa
             if begun:
                 held.enter_context(lease)
             loading = ThreadPoolExecutor(1).submit(_load, sweep)  # not waited for where it is not needed any more
-            num_points = sweep.search.batch_size if sweep.search.algorithm == "optuna" else sweep.search.num_points
-            with connect(address, sweep.resources, num_points) as cluster:
+            with connect(address, sweep.resources, sweep.num_points) as cluster:
                 _handle_signals()  # again, because ray.init puts its own handler of SIGTERM in place
                 sequence = loading.result()
-                from clnp_search.sequence import Runner
+                from clnp_search.baseline import runner_of
 
-                runner = Runner(sequence, folder, cluster, [view, publisher])
+                runner = runner_of(sequence, folder, cluster, [view, publisher])
                 if begun:
                     if sweep_of(folder).scenario != sweep.scenario:  # it was given more tasks
                         runner.check()
@@ -371,13 +370,14 @@ def _report(summary: Summary, folder: RunFolder, sweep: Sweep) -> None:
     out.print(summary_table(summary))
     out.print(summary_line(summary))
     full = [name for name, units in summary.tasks[-1].units.items() if units.free == 0]
-    if full:
+    if full and sweep.method == "clnp":
         out.print(f"[yellow]No free unit is left in {', '.join(full)}[/]: later tasks have only what is there.")
     shown = as_typed(folder)
     out.print("\nNext:")
     if sweep.tracking.uri != "none":
         out.print(f"  clnp-search ui {shown}          compare its runs in MLflow", highlight=False)
-    out.print(f"  clnp-search verify {shown}      prove that nothing was forgotten", highlight=False)
+    proof = "prove that nothing was forgotten" if sweep.method == "clnp" else "check its files, and evaluate again"
+    out.print(f"  clnp-search verify {shown}      {proof}", highlight=False)
     out.print(f"  clnp-search export {shown} --task 0 --out task0.onnx", highlight=False)
     out.print(f"  clnp-search status {shown}      this table; resume, if the run was cut short", highlight=False)
     if folder.local_path:

@@ -47,11 +47,12 @@ def evaluate(
 ) -> None:
     """Print the accuracy of a task's subnetwork."""
     from clnp_search.clnp.subnetwork import Subnetwork
+    from clnp_search.config import network_state
     from clnp_search.sequence import TaskSequence
 
     sweep, folder = open_named(run, storage)
     require_task(folder, task)
-    state = folder.read_state(len(folder.read_results()) - 1)
+    state = network_state(folder, sweep, task)
     samples = getattr(TaskSequence(sweep).data(task), split)
     accuracy = Subnetwork(state, task).accuracy(samples.inputs, samples.labels)
     if as_json:
@@ -71,13 +72,14 @@ def export(
 ) -> None:
     """Write a task's subnetwork alone. It takes raw samples: permutation and normalisation are inside."""
     from clnp_search.clnp.subnetwork import EXPORT_SUFFIXES, Subnetwork
+    from clnp_search.config import network_state
 
     suffix = out_file.suffix.lower()
     if suffix not in EXPORT_SUFFIXES:
         raise InputError(f"--out {out_file}: the name must end in one of {', '.join(EXPORT_SUFFIXES)}")
-    _, folder = open_named(run, storage)
+    sweep, folder = open_named(run, storage)
     require_task(folder, task)
-    network = Subnetwork(folder.read_state(len(folder.read_results()) - 1), task)
+    network = Subnetwork(network_state(folder, sweep, task), task)
     try:
         data = network.to_bytes(suffix)
     except ModuleNotFoundError as error:

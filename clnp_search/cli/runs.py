@@ -46,7 +46,7 @@ def status(run: Run, storage: Storage = "runs/", as_json: AsJson = False) -> Non
     if summary.tasks:
         out.print(summary_table(summary))
         out.print(summary_line(summary))
-        for sentence in in_words(summary.tasks, num_tasks):
+        for sentence in in_words(summary.tasks, num_tasks) if progress.sweep.method == "clnp" else ():
             out.print(f"[yellow]{sentence}[/]", highlight=False)
     colour = COLOURS[progress.status]
     committed = f"{len(summary.tasks)} of {num_tasks}" if num_tasks else f"{len(summary.tasks)}"
@@ -61,7 +61,7 @@ def status(run: Run, storage: Storage = "runs/", as_json: AsJson = False) -> Non
 
 
 def runs(storage: Storage = "runs/", as_json: AsJson = False) -> None:
-    """List the runs under a storage: status, margin, seed, tasks, average accuracy, free units."""
+    """List the runs under a storage: status, method, margin, seed, tasks, average accuracy, free units."""
     from clnp_search.progress import runs_under
 
     rows = [_row(folder, progress) for folder, progress in runs_under(storage)]
@@ -72,8 +72,8 @@ def runs(storage: Storage = "runs/", as_json: AsJson = False) -> None:
         out.print(f"no runs under {storage}", highlight=False)
         return
     table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
-    table.add_column("name")
-    table.add_column("status")
+    for column in ("name", "status", "method"):
+        table.add_column(column)
     for column in ("margin", "seed", "tasks", "average accuracy", "free units"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
@@ -84,6 +84,7 @@ def runs(storage: Storage = "runs/", as_json: AsJson = False) -> None:
         table.add_row(
             row["name"],
             f"[{COLOURS[row['status']]}]{row['status']}[/]",
+            row["method"],
             _text(row["margin"]),
             str(row["seed"]),
             f"{row['tasks']}/{row['num_tasks'] or '?'}",
@@ -140,7 +141,7 @@ def compare(
     for label in labels:
         table.add_column(label, justify="right")
     table.add_row("status", *(f"[{COLOURS[row['status']]}]{row['status']}[/]" for row in cells))
-    for key in ("margin", "seed", "tasks", "points"):
+    for key in ("method", "margin", "seed", "tasks", "points"):
         table.add_row(key, *(_text(row[key]) for row in cells))
     table.add_row("seconds", *(f"{row['seconds']:.0f}" for row in cells))
     table.add_row("average test accuracy", *(f"{row['average_test_accuracy']:.2%}" for row in cells))
@@ -206,7 +207,7 @@ def print_spread(rows: Sequence[dict[str, Any]]) -> None:
                 for figure in ("mean", "deviation")
             )
             out.print(
-                f"margin {_text(row['margin'])}, {len(row['runs'])} seeds: average accuracy {100 * accuracy:.2f} "
+                f"{_rule(row)}, {len(row['runs'])} seeds: average accuracy {100 * accuracy:.2f} "
                 f"± {100 * deviation:.2f}%, free units {free:.0f} ± {free_deviation:.0f}",
                 highlight=False,
             )
@@ -232,7 +233,8 @@ def _row(folder: RunFolder, progress: Progress | None) -> dict[str, Any]:
         "name": folder.name,
         "run": folder.uri,
         "status": progress.status,
-        "margin": progress.sweep.forgetting.margin,
+        "method": progress.sweep.method,
+        "margin": progress.sweep.forgetting.margin if progress.sweep.method == "clnp" else None,
         "seed": summary.seed,
         "tasks": len(summary.tasks),
         "num_tasks": progress.sweep.scenario.tasks,
@@ -246,8 +248,13 @@ def _row(folder: RunFolder, progress: Progress | None) -> dict[str, Any]:
     }
 
 
+def _rule(row: dict[str, Any]) -> str:
+    """What tells the families of runs apart: a margin, or a baseline."""
+    return f"margin {_text(row['margin'])}" if row["method"] == "clnp" else f"method {row['method']}"
+
+
 def _text(value: Any) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+    return f"{value:.6g}" if isinstance(value, float) else "" if value is None else str(value)
 
 
 def _shares(free: int, units: int) -> str:

@@ -63,7 +63,7 @@ def plan(
         "sequences": list(members),
         "tasks": len(sequence),
         "tasks_done": len(found.done),
-        "points_per_searched_task": sweep.search.num_points,
+        "points_per_searched_task": sweep.num_points,
         "points_in_all": num_points,
         "packs": [[points[index].name for index in pack] for pack in packs],
         "points": [
@@ -88,7 +88,7 @@ def plan(
     )
     if len(members) > 1:
         out.print(f"the first of {len(members)} sequences: {', '.join(members)}", highlight=False)
-    searched = count(sweep.search.num_points, "grid point" if sweep.search.algorithm == "grid" else "point")
+    searched = count(sweep.num_points, "grid point" if sweep.search.algorithm == "grid" else "point")
     out.print(f"{count(len(found.done), 'task')} done; {searched} a searched task, {num_points} in all")
     if following is None:
         return

@@ -246,6 +246,27 @@ class L1:
     scales: float = 1.0
 
 
+class Regulariser:
+    """What a method adds to the training of a pack besides L1; as it stands, nothing.
+
+    It is made for one pack before its first step. What it does to a point must not depend on the point's pack-mates.
+    """
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All that it changes while it trains, by name: a part of the pack's checkpoints."""
+        return {}
+
+    def begin(self) -> None:
+        """Adds to the gradients' buffers, before the data do."""
+
+    def stepped(self) -> None:
+        """Is told that the optimizer has moved the parameters."""
+
+    def ended(self, epoch: int, epochs: int) -> None:
+        """Is told that so many epochs of all are done."""
+
+
 class Pack:
     """The free parameters of P points of one task, on top of a committed state.
 
@@ -257,7 +278,15 @@ class Pack:
             the parameters that it starts from, which may have fewer units (after a round of pruning).
         dtype: Of the matrix products: float32 or bfloat16.
         together: How many points are computed as one block; by default all of a dense network, else one.
+
+    Attributes:
+        regulariser: Of a method that has one.
+        class_tasks: [C] which task each class is of, where the classes are those of several; a sample is then told
+            apart among those of its own task (logits of the others are masked out).
     """
+
+    regulariser: Regulariser | None = None
+    class_tasks: Tensor | None = None
 
     def __init__(
         self,
@@ -278,7 +307,7 @@ class Pack:
         columns = torch.tensor(alphas, dtype=torch.float32, device=self.device).T
         self._alphas = dict(zip(self.graph.layers, columns, strict=True))
         if isinstance(initial, Mapping):
-            start = _free_part(state, initial)
+            start = free_part(state, initial)
             size = together or (self.num_points if self.graph.is_dense else 1)
             starts = [start] * self.num_points
         else:
@@ -307,12 +336,22 @@ class Pack:
     @property
     def tensors(self) -> dict[str, Tensor]:
         """All that training changes, by name."""
-        return {
+        parameters = {
             f"{index}/{node}/{name}": tensor
             for index, block in enumerate(self.blocks)
             for node, own in block.tensors.items()
             for name, tensor in own.items()
         }
+        return parameters | ({} if self.regulariser is None else self.regulariser.tensors)
+
+    def trainable(self) -> Iterator[tuple[str, slice, Tensor]]:
+        """What gradients move: its name as `node/parameter`, of which points it is, and its tensor [K, ...]."""
+        for first, block in zip(self._first, self.blocks, strict=True):
+            names = {
+                id(tensor): f"{node}/{name}" for node, own in block.tensors.items() for name, tensor in own.items()
+            }
+            for tensor in self._trainable(block):
+                yield names[id(tensor)], slice(first, first + block.points), tensor
 
     @property
     def training_flop(self) -> int:
@@ -344,7 +383,7 @@ class Pack:
                     torch.manual_seed(seed + part)
                 values = block.forward(levels, True, self.dtype, self._trained_order)
                 logits = block.logits(values)
-                loss, grad = cross_entropy(logits.detach(), labels, len(index))
+                loss, grad = cross_entropy(self._masked(logits.detach(), labels), labels, len(index))
                 losses[first : first + block.points] += loss
                 if logits.requires_grad:
                     logits.backward(grad)
@@ -368,7 +407,7 @@ class Pack:
             for levels, labels in features.batches():
                 for first, block in zip(self._first, self.blocks, strict=True):
                     logits = block.logits(block.forward(levels, dtype=self.dtype, graph=self._trained_order))
-                    correct[first : first + block.points] += (logits.argmax(1) == labels).sum(1)
+                    correct[first : first + block.points] += (self._masked(logits, labels).argmax(1) == labels).sum(1)
         return correct.tolist()
 
     def activities(self, features: Features) -> list[dict[str, Tensor]]:
@@ -432,6 +471,11 @@ class Pack:
         cpu = {group: values.cpu() for group, values in activities.items()}
         return FreeParameters(self.units[position], own, cpu, dict(means or {}))
 
+    def _masked(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Logits [K, C, B] without those of other tasks than the samples'."""
+        tasks = self.class_tasks
+        return logits if tasks is None else logits.masked_fill(tasks[:, None] != tasks[labels], -math.inf)
+
     def _block(self, starts: Sequence[FreeParameters]) -> Block:
         tensors: Parameters = {
             node: {
@@ -480,6 +524,8 @@ class Pack:
                     tensor.grad.zero_()
                 else:
                     torch.sign(tensor, out=tensor.grad).mul_(penalised[id(tensor)])
+        if self.regulariser is not None:
+            self.regulariser.begin()
 
     @torch.no_grad()
     def _sums(
@@ -548,7 +594,7 @@ def _can_learn(node: Node, free: Mapping[str, Tensor], head: str) -> bool:
     return any(len(free[group]) for group in node.groups)
 
 
-def _free_part(state: State, initial: Parameters) -> FreeParameters:
+def free_part(state: State, initial: Parameters) -> FreeParameters:
     """The free units' part of full-size parameters."""
     graph, free, active, tensors = state.graph, state.free, state.active(), {}
     single, nothing = state.architecture.head == "single", dict.fromkeys(free, torch.arange(0))

@@ -33,7 +33,8 @@ class Architecture:
     """A network of fixed size and the kind of its output layer.
 
     Args:
-        head: `multi` (an output layer for each task) or `single` (one for all tasks).
+        head: `multi` (an output layer for each task), `single` (one for all tasks, which each task reads through the
+            units that it grew), or `shared` (one that all tasks read in the same way: of baselines).
         head_bias: Of a single head: `frozen` after the first task, `per_task`, or `none`. A multi head has a bias of
             its own, if the graph's head has one.
     """
@@ -48,7 +49,7 @@ class Architecture:
         op = self.graph.by_name[self.graph.head].op
         if not (isinstance(op, Reader) and op.bias):
             return "none"
-        return self.head_bias if self.head == "single" else "per_task"
+        return "per_task" if self.head == "multi" else self.head_bias
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,8 @@ class State:
             With a single head, all of them share one weight.
         tasks: One for each committed task.
         parent: Digest of the state before the last task; empty for the state before the first.
+        memory: What a baseline keeps besides (`baselines.py`): by its name, full-size tensors by `node/parameter`.
+            Weights with an `owner` are there for that task and later ones alone.
     """
 
     architecture: Architecture
@@ -135,6 +138,7 @@ class State:
     heads: tuple[dict[str, Tensor], ...] = ()
     tasks: tuple[TaskInfo, ...] = ()
     parent: str = ""
+    memory: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     @classmethod
     def empty(cls, architecture: Architecture) -> State:
@@ -168,9 +172,9 @@ class State:
     def visible(self, task: int) -> dict[str, Tensor]:
         """For each group, the units that `task`'s output layer reads.
 
-        Multi-head: all that were active at its commit. Single head: those that it grew itself (paper, section 3.1).
+        Single head: those that it grew itself (paper, section 3.1). Else all that were active at its commit.
         """
-        if self.architecture.head == "multi":
+        if self.architecture.head != "single":
             return self.active(task)
         own = {group: torch.nonzero(born == task).flatten() for group, born in self.born.items()}
         return {INPUT: torch.arange(0), **own}
@@ -185,6 +189,15 @@ class State:
         visible = self.visible(task)
         return {group: units[group] if group in elsewhere else visible[group] for group in units} | {
             INPUT: units[INPUT]
+        }
+
+    def parameters(self, node: str, task: int) -> dict[str, Tensor]:
+        """A node's parameters at full size as `task` sees them: weights of later owners are zero."""
+        own = self.heads[task] if node == self.graph.head else self.tensors.get(node, {})
+        owners = self.memory.get("owner", {})
+        return {
+            name: tensor.where(owners[f"{node}/{name}"] <= task, 0.0) if f"{node}/{name}" in owners else tensor
+            for name, tensor in own.items()
         }
 
     @cached_property
@@ -214,7 +227,8 @@ class State:
                 unseen[self.graph.index(groups, self.visible(owner))] = False
             if bool((head["weight"][:, unseen] != 0).any()):
                 found.append(f"head of task {task}: a column of a unit that it does not read is not zero")
-        return found
+        remembered = flat(self.memory).items()
+        return found + [f"{name}: a value is not finite" for name, tensor in remembered if not tensor.isfinite().all()]
 
     def widened(self, units: Mapping[str, int]) -> State:
         """The same state in a network with more units in some groups: the new ones are free, their weights zero.
@@ -266,7 +280,14 @@ class State:
             graph = Graph.from_json(header["graph"])
             empty = cls.empty(Architecture(graph, header["head"], header["head_bias"]))
             tasks = tuple(TaskInfo.from_json(entry, tensors, index) for index, entry in enumerate(header["tasks"]))
-            read = replace(empty, tasks=tasks, parent=header["parent"], heads=empty._empty_heads(tasks))
+            memory: dict[str, dict[str, Tensor]] = {}
+            for name in tensors:
+                kind, _, rest = name.partition("/")
+                if kind == "memory":
+                    what, _, path = rest.partition("/")
+                    memory.setdefault(what, {})[path] = tensors[name]
+            heads = empty._empty_heads(tasks)
+            read = replace(empty, tasks=tasks, parent=header["parent"], heads=heads, memory=memory)
             expected = read._tensors()
             for name, tensor in expected.items():
                 if tensors[name].shape != tensor.shape or tensors[name].dtype != tensor.dtype:
@@ -295,7 +316,7 @@ class State:
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {f"born/{group}": born for group, born in self.born.items()}
-        tensors |= flat(self.tensors)
+        tensors |= flat(self.tensors) | flat({f"memory/{what}": each for what, each in self.memory.items()})
         for index, (head, info) in enumerate(zip(self.heads, self.tasks, strict=True)):
             tensors |= {self._head_name(index, name): tensor for name, tensor in head.items()}
             if info.transform.permutation is not None:
@@ -320,8 +341,8 @@ class State:
         return tuple(_zeros({name: shape[name] for name in wanted}) for shape in shapes)
 
     def _head_name(self, task: int, name: str) -> str:
-        single = self.architecture.head == "single"
-        shared = single and (name == "weight" or self.architecture.bias_rule == "frozen")
+        one = self.architecture.head != "multi"
+        shared = one and (name == "weight" or self.architecture.bias_rule == "frozen")
         return f"heads/{name}" if shared else f"heads/{task}/{name}"
 
 
@@ -338,16 +359,19 @@ class FreeParameters:
         activities: For each group [F] float64, the mean post-activation value over the training split.
         means: For each layer whose bias makes up for the units that pruning takes from its input (none by default):
             the mean of each free unit's values there [I, taps], or [I, 1] over all positions of a map.
+        learned: What a baseline has learned of them (`baselines.py`): full-size tensors by `node/parameter`.
     """
 
     units: dict[str, Tensor]
     tensors: Parameters
     activities: dict[str, Tensor]
     means: dict[str, Tensor] = field(default_factory=dict)
+    learned: dict[str, Tensor] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
         """The parameters as a safetensors file."""
-        tensors = flat({"units": self.units, "activities": self.activities, "means": self.means})
+        own = {"units": self.units, "activities": self.activities, "means": self.means, "learned": self.learned}
+        tensors = flat(own)
         tensors |= {f"parameters/{name}": tensor for name, tensor in flat(self.tensors).items()}
         return safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()})
 
@@ -359,18 +383,14 @@ class FreeParameters:
             ValueError: The bytes are no such file.
         """
         try:
-            read: dict[str, dict[str, Tensor]] = {"units": {}, "activities": {}, "means": {}}
-            parameters: Parameters = {}
+            read: dict[str, dict[str, Tensor]] = {"units": {}, "activities": {}, "means": {}, "learned": {}}
+            found: dict[str, Tensor] = {}
             for name, tensor in sorted(_load(data).items()):
                 kind, _, rest = name.partition("/")
-                if kind == "parameters":
-                    node, _, parameter = rest.rpartition("/")
-                    parameters.setdefault(node, {})[parameter] = tensor
-                else:
-                    read[kind][rest] = tensor
-            if not parameters or read["units"].keys() != read["activities"].keys():
+                (found if kind == "parameters" else read[kind])[rest] = tensor
+            if not found or read["units"].keys() != read["activities"].keys():
                 raise KeyError("parameters of a network")
-            return cls(read["units"], parameters, read["activities"], read["means"])
+            return cls(read["units"], nested(found), read["activities"], read["means"], read["learned"])
         except (KeyError, safetensors.SafetensorError) as error:
             raise ValueError(f"not a trained point: {error}") from error
 
@@ -492,6 +512,15 @@ def _heads(
 def flat(tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Tensors by node and name as tensors by `node/name`."""
     return {f"{node}/{name}": tensor for node, own in tensors.items() for name, tensor in own.items()}
+
+
+def nested(tensors: Mapping[str, Tensor]) -> Parameters:
+    """Tensors by `node/name` as tensors by node and name."""
+    found: Parameters = {}
+    for path, tensor in tensors.items():
+        node, _, name = path.rpartition("/")
+        found.setdefault(node, {})[name] = tensor
+    return found
 
 
 def _hidden(graph: Graph) -> list[Node]:

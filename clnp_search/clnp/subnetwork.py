@@ -50,7 +50,7 @@ class Subnetwork(nn.Module):
         self._layers: dict[str, nn.Module] = {}
         for node in self.graph.nodes:
             is_head = node.name == self.graph.head
-            tensors = state.heads[task] if is_head else state.tensors.get(node.name, {})
+            tensors = state.parameters(node.name, task)
             if tensors:
                 cut = chosen(self.graph, node, tensors, self.units, self.units)
                 if is_head:

@@ -98,13 +98,17 @@ class Training:
         """Trains one epoch and gives what was seen at its end, for each point."""
         order = torch.randperm(len(self._train), generator=generator(self._seed, "order", self._task, self.epoch))
         losses = torch.zeros(self._pack.num_points, device=self._pack.device)
-        factor = 1.0
+        factor, regulariser = 1.0, self._pack.regulariser
         for step, index in enumerate(order.to(self._pack.device).split(self._settings.batch_size)):
             number = self.epoch * self._steps_per_epoch + step
             factor = self._factor(number)
             losses += self._pack.train_batch(self._train, index, seed=(self._seed + number) << 8)
             self._optimizer.step(factor)
             self._pack.shrink([rate * factor for rate in self._learning_rates])
+            if regulariser is not None:
+                regulariser.stepped()
+        if regulariser is not None:
+            regulariser.ended(self.epoch + 1, self._settings.epochs)
         accuracies = [correct / len(self.validation) for correct in self._pack.num_correct(self.validation)]
         rows = zip(self._learning_rates, losses.tolist(), accuracies, strict=True)
         seen = [Epoch(self.epoch, rate * factor, loss / len(self._train), value) for rate, loss, value in rows]

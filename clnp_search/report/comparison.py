@@ -57,7 +57,9 @@ def spread_rows(sweeps: Mapping[str, Sweep], summaries: Mapping[str, Summary]) -
             "max_forgetting": [summaries[run].max_forgetting for run in runs],
             "free_units": [float(sum(each.free for each in summaries[run].tasks[-1].units.values())) for run in runs],
         }
-        row: dict[str, Any] = {"margin": sweeps[runs[0]].forgetting.margin, "runs": runs}
+        sweep = sweeps[runs[0]]
+        margin = sweep.forgetting.margin if sweep.method == "clnp" else None
+        row: dict[str, Any] = {"method": sweep.method, "margin": margin, "runs": runs}
         row |= {"seeds": [summaries[run].seed for run in runs]}
         for name, values in figures.items():
             deviation = stdev(values) if len(values) > 1 else None

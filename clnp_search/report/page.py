@@ -15,7 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from clnp_search.clnp.subnetwork import Subnetwork
-from clnp_search.config import Sweep, sweep_of
+from clnp_search.config import Sweep, network_state, sweep_of
 from clnp_search.errors import InputError
 from clnp_search.forecast import in_words
 from clnp_search.pareto import pareto_front
@@ -116,13 +116,15 @@ class _Run:
     @property
     def forecast(self) -> list[str]:
         """What is to be expected of groups that run out of free units."""
-        return in_words(self.summary.tasks, self.sweep.scenario.tasks)
+        return in_words(self.summary.tasks, self.sweep.scenario.tasks) if self.sweep.method == "clnp" else []
 
     @property
     def certificate(self) -> list[tuple[TaskResult, str]]:
-        """Each task, and the digest of its subnetwork in the latest state."""
-        state = self.folder.read_state(len(self.summary.tasks) - 1)
-        return [(result, Subnetwork(state, result.index).digest) for result in self.summary.tasks]
+        """Each task, and the digest of its subnetwork now."""
+        networks = (
+            Subnetwork(network_state(self.folder, self.sweep, each.index), each.index) for each in self.summary.tasks
+        )
+        return [(result, network.digest) for result, network in zip(self.summary.tasks, networks, strict=True)]
 
     def row(self) -> Row:
         """The run in the table of runs."""
@@ -130,6 +132,7 @@ class _Run:
         return {
             "run": self.name,
             "status": summary.status,
+            "method": self.sweep.method,
             "scenario": self.sweep.scenario.name,
             "margin": self.sweep.forgetting.margin,
             "theta": self.sweep.forgetting.theta,
@@ -138,6 +141,7 @@ class _Run:
             "average_test_accuracy": summary.average_test_accuracy,
             "max_forgetting": summary.max_forgetting,
             "backward_transfer": summary.backward_transfer,
+            "forward_transfer": summary.forward_transfer,
             "free_units": self.free,
             "units": self.units,
             "seconds": self.seconds,

@@ -50,6 +50,8 @@ def point_key(
         "alpha": point.alpha,
         "learning_rate": point.learning_rate,
     }
+    if sweep.method != "clnp":
+        parts["method"] = sweep.method
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

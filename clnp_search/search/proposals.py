@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -14,7 +15,7 @@ from clnp_search.records import Point
 def first_points(sweep: Sweep, task: int, chosen: Point | None, layers: Sequence[str]) -> tuple[Point, ...]:
     """The points of a task that are known before any is trained, in order: all, unless Optuna proposes later ones.
 
-    Those of a grid stand alpha by alpha, rate by rate.
+    Those of a grid stand alpha by alpha (of a baseline, strength by strength), rate by rate.
 
     Args:
         chosen: What the first task chose, if this task shall reuse it.
@@ -26,6 +27,9 @@ def first_points(sweep: Sweep, task: int, chosen: Point | None, layers: Sequence
     search = sweep.search
     if chosen is not None:
         return (Point(0, chosen.alpha, chosen.learning_rate),)
+    if sweep.method != "clnp":
+        steered = enumerate(itertools.product(sweep.strengths, search.rates))
+        return tuple(Point(index, (strength,), rate) for index, (strength, rate) in steered)
     if search.algorithm == "grid":
         return as_points(sweep, layers, search.grid)
     if search.algorithm == "random":

@@ -13,16 +13,18 @@ from typing import Any
 import torch
 
 from clnp_search.clnp.augment import augment
+from clnp_search.clnp.baselines import BASELINES, Baseline
 from clnp_search.clnp.graph import Graph
 from clnp_search.clnp.initial import draw, overlaid
 from clnp_search.clnp.pack import Features, Pack
 from clnp_search.clnp.scan import Candidate, scan
-from clnp_search.clnp.state import FreeParameters, Parameters, State
+from clnp_search.clnp.state import FreeParameters, Parameters, State, TaskInfo
+from clnp_search.clnp.subnetwork import Subnetwork
 from clnp_search.clnp.training import Training, TrainingSettings
 from clnp_search.records import Epoch, Point, PointRecord, ScanRecord, TaskPlan
 from clnp_search.search.points import pack_name
 from clnp_search.storage import RunFolder
-from clnp_search.tasks import Scenario, TaskData
+from clnp_search.tasks import Scenario, Split, TaskData
 
 CHECKPOINT_EVERY_S = 20.0
 REPORT_EVERY_S = 0.5
@@ -49,6 +51,7 @@ class RunInputs:
     Args:
         graph: The network as the first task begins with it.
         finetune_l1: What multiplies alpha in fine-tune rounds.
+        method: clnp, or a key of `BASELINES`.
         augment: Settings of `clnp.augment.augment`; empty for none.
     """
 
@@ -60,6 +63,12 @@ class RunInputs:
     graph: Graph
     finetune_l1: float = 1.0
     augment: dict[str, Any] = field(default_factory=dict)
+    method: str = "clnp"
+
+    @property
+    def baseline(self) -> Baseline | None:
+        """The method, if it is not clnp."""
+        return BASELINES.get(self.method)
 
 
 @dataclass(frozen=True)
@@ -75,10 +84,10 @@ class TaskInputs:
     state: State
     drawn: Parameters | None = None
 
-    def initial(self) -> Parameters:
-        """What the task's free parameters start from, at full size."""
+    def initial(self, num_classes: int) -> Parameters:
+        """What the task's free parameters start from, at full size, with a head of so many classes."""
         graph = self.state.graph
-        initial = draw(self.state, self.data().info.num_classes, self.run.seed)
+        initial = draw(self.state, num_classes, self.run.seed)
         return initial if self.drawn is None else overlaid(initial, graph, self.drawn, self.run.graph)
 
     def pruned(self, point: Point) -> FreeParameters:
@@ -98,6 +107,11 @@ class TaskInputs:
     def data(self) -> TaskData:
         """The task's samples."""
         return self.run.scenario.data(self.plan.task)
+
+    def trained_on(self) -> list[TaskData]:
+        """The samples that the task is trained on: its own, or those of all tasks so far."""
+        joint = self.run.baseline is not None and self.run.baseline.JOINT
+        return [self.run.scenario.data(task) for task in range(0 if joint else self.plan.task, self.plan.task + 1)]
 
 
 def run_pack(inputs: TaskInputs, points: Sequence[Point]) -> Iterator[Progress]:
@@ -176,10 +190,15 @@ def _train(inputs: TaskInputs, points: Sequence[Point], notes: tuple[str, ...]) 
         finite = pack.finite(activities)
         means = pack.means(train) if inputs.run.settings.compensate else [{}] * len(points)
         trained = [pack.point(position, *each) for position, each in enumerate(zip(activities, means, strict=True))]
+        if (baseline := inputs.run.baseline) is not None:
+            own = inputs.data()
+            trained = [
+                baseline.finished(pack, position, each, own.info, own.train.inputs) if finite[position] else each
+                for position, each in enumerate(trained)
+            ]
         # As the scan counts, in float32 whatever the training's precision, so that both are held to one limit.
-        validation = _validation(inputs.data(), pack.device)
-        correct = [
-            Candidate(inputs.state, each, *validation).num_correct() if usable else 0
+        counts = [
+            _validate(inputs, each, pack.device) if usable else [(0, len(training.validation))]
             for each, usable in zip(trained, finite, strict=True)
         ]
     seconds = (time.perf_counter() - started) / len(points)
@@ -190,14 +209,15 @@ def _train(inputs: TaskInputs, points: Sequence[Point], notes: tuple[str, ...]) 
             key=keys[point.index],
             point=point,
             status="done",
-            val_correct=correct[position],
-            val_total=len(training.validation),
+            val_correct=sum(correct for correct, _ in counts[position]),
+            val_total=sum(total for _, total in counts[position]),
             epochs=tuple(epoch[position] for epoch in training.history),
             seconds=seconds,
             notes=notes,
             started=began,
             ended=time.time(),
             round=number,
+            val_accuracies=tuple(correct / total for correct, total in counts[position] if inputs.run.baseline),
         )
         if finite[position]:
             folder.write_point(task, record, trained[position])
@@ -209,8 +229,11 @@ def _train(inputs: TaskInputs, points: Sequence[Point], notes: tuple[str, ...]) 
 
 def measure_step(inputs: TaskInputs, points: Sequence[Point], num_steps: int) -> float:
     """Seconds of a step of a pack's training, from a few steps of real training, of which nothing is kept."""
-    data, num_samples = inputs.data(), num_steps * inputs.run.settings.batch_size
-    few = replace(data, train=data.train.first(num_samples), validation=data.validation.first(1))
+    num_samples = num_steps * inputs.run.settings.batch_size
+    few = [
+        replace(data, train=data.train.first(num_samples), validation=data.validation.first(1))
+        for data in inputs.trained_on()
+    ]
     _, training, train = _begin(inputs, points, few)
     training.run_epoch()  # not counted: allocates, and chooses kernels
     started = time.perf_counter()
@@ -219,29 +242,43 @@ def measure_step(inputs: TaskInputs, points: Sequence[Point], num_steps: int) ->
 
 
 def _begin(
-    inputs: TaskInputs, points: Sequence[Point], data: TaskData | None = None
+    inputs: TaskInputs, points: Sequence[Point], datas: Sequence[TaskData] = ()
 ) -> tuple[Pack, Training, Features]:
     """A pack before its first epoch, its training, and the training split."""
     settings, seed, plan = inputs.settings, inputs.run.seed, inputs.plan
     device = _prepare(plan, settings)
     starts = [inputs.pruned(point) for point in points] if plan.round else None
     with _computing():
-        data = data or inputs.data()
+        datas = datas or inputs.trained_on()
+        info, baseline = datas[-1].info, inputs.run.baseline
         factor = inputs.run.finetune_l1 if plan.round else 1.0
         alphas = [tuple(factor * alpha for alpha in point.alpha) for point in points]
         rates = [point.learning_rate for point in points]
-        classes = data.info.num_classes
-        pack = Pack(inputs.state, classes, alphas, starts or inputs.initial(), device, settings.dtype, settings.penalty)
-        transform, augmentation = data.info.transform, inputs.run.augment
+        classes = [data.info.num_classes for data in datas]
+        if baseline is None:
+            start = starts or inputs.initial(info.num_classes)
+            pack = Pack(inputs.state, info.num_classes, alphas, start, device, settings.dtype, settings.penalty)
+        else:
+            shared = inputs.state.architecture.head == "shared"
+            drawn = inputs.initial(info.num_classes if shared else sum(classes))
+            strengths = [point.alpha[0] for point in points]
+            pack = baseline.pack(inputs.state, drawn, strengths, classes, device, settings.dtype)
+        transform, augmentation = info.transform, inputs.run.augment
 
         def view(raw: torch.Tensor, random: torch.Generator | None) -> torch.Tensor:
             return transform(raw if random is None else augment(raw, random, **augmentation))
 
+        # Where several tasks share a head, each class has its row for all of them; else rows one after another.
+        first = [0] * len(datas) if pack.class_tasks is None else [sum(classes[:index]) for index in range(len(datas))]
+        labels = [
+            [data.train.labels + row, data.validation.labels + row] for data, row in zip(datas, first, strict=True)
+        ]
+        train_labels, validation_labels = (torch.cat(each) for each in zip(*labels, strict=True))
         if augmentation:
-            train = pack.features(data.train.inputs, data.train.labels, view=view)
+            train = pack.features(torch.cat([data.train.inputs for data in datas]), train_labels, view=view)
         else:
-            train = pack.features(transform(data.train.inputs.to(device)), data.train.labels)
-        validation = pack.features(*_validation(data, device))
+            train = pack.features(_inputs([(data.info, data.train) for data in datas], device), train_labels)
+        validation = pack.features(_inputs([(data.info, data.validation) for data in datas], device), validation_labels)
         stream = f"{plan.task}-round{plan.round}" if plan.round else plan.task
         return pack, Training(pack, rates, train, validation, settings, seed, stream), train
 
@@ -269,9 +306,42 @@ def scan_point(inputs: TaskInputs, point: Point, min_correct: int, rule: str) ->
     return replace(of, rule=rule, min_correct=min_correct)
 
 
+def _inputs(splits: Sequence[tuple[TaskInfo, Split]], device: torch.device) -> torch.Tensor:
+    """The samples of some tasks, as the network takes them."""
+    inputs = [info.transform(split.inputs.to(device)) for info, split in splits]
+    return torch.cat(inputs) if len(inputs) > 1 else inputs[0]
+
+
 def _validation(data: TaskData, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """The validation split, as the network takes samples, and its labels."""
     return data.info.transform(data.validation.inputs.to(device)), data.validation.labels.to(device)
+
+
+def _validate(inputs: TaskInputs, trained: FreeParameters, device: torch.device) -> list[tuple[int, int]]:
+    """Right validation samples of a trained point, and of how many: of the task, or of each that a baseline is chosen
+    by.
+    """
+    data, baseline = inputs.data(), inputs.run.baseline
+    if baseline is None:
+        correct = Candidate(inputs.state, trained, *_validation(data, device)).num_correct()
+        return [(correct, len(data.validation))]
+    after = baseline.after(inputs.state, data.info, trained)
+    return validate(after, baseline, inputs.run.scenario, device)
+
+
+def validate(after: State, baseline: Baseline, scenario: Scenario, device: torch.device) -> list[tuple[int, int]]:
+    """Right validation samples of each task that a baseline is chosen by, and of how many.
+
+    Args:
+        after: The state after the last of them.
+    """
+    last = after.num_tasks - 1
+    counts = []
+    for task in range(last if baseline.ALONE else 0, last + 1):
+        split = scenario.data(task).validation
+        network = Subnetwork(after, task).to(device)
+        counts.append((network.num_correct(split.inputs.to(device), split.labels.to(device)), len(split)))
+    return counts
 
 
 def _prepare(plan: TaskPlan, settings: TrainingSettings) -> torch.device:

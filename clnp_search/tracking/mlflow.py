@@ -181,8 +181,8 @@ def log_spread(sweep: Sweep, name: str, rows: Sequence[Mapping[str, Any]]) -> No
         seeds = row["seeds"]
         if len(seeds) < 2:
             continue
-        margin = str(row["margin"])
-        run = store.run(margin, f"{name} margin {margin}", {"clnp.level": "family", "clnp.sequence": name})
+        rule = f"margin {row['margin']}" if row["method"] == "clnp" else row["method"]
+        run = store.run(rule, f"{name}: {rule}", {"clnp.level": "family", "clnp.sequence": name})
         figures = {
             f"{key}{suffix}": row[f"{figure}_{kind}"]
             for figure, key in (("average_test_accuracy", "test/average_accuracy"), ("free_units", "capacity/free"))
@@ -190,7 +190,8 @@ def log_spread(sweep: Sweep, name: str, rows: Sequence[Mapping[str, Any]]) -> No
         }
         # By the number of seeds, so that more of them later on are a point more.
         metrics = [(key, value, len(seeds)) for key, value in figures.items()]
-        store.log(run, metrics, {"forgetting.margin": margin}, {"clnp.seeds": ", ".join(map(str, seeds))})
+        params = {"method": row["method"], "forgetting.margin": str(row["margin"])}
+        store.log(run, metrics, params, {"clnp.seeds": ", ".join(map(str, seeds))})
         store.set_status(run, "FINISHED")
 
 
@@ -202,7 +203,7 @@ def _settings(sweep: Sweep) -> dict[str, str]:
     left_out = {"name", "repetitions", "margins", "storage", "tracking", "resources", "modules"}
     dump = sweep.model_dump(mode="json", exclude=left_out)
     dump["scenario"].pop("root")
-    flat = {"seed": dump.pop("seed")}
+    flat = {key: dump.pop(key) for key in ("seed", "method")}
     flat |= {f"{section}.{key}": value for section, values in dump.items() for key, value in values.items()}
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in flat.items()}
 
@@ -217,7 +218,9 @@ def _swept(alpha: tuple[float, ...], learning_rate: float) -> Metrics:
 
 
 def _theta(theta: tuple[float, ...], groups: Sequence[str]) -> Metrics:
-    """One threshold if all are equal, else each group's."""
+    """One threshold if all are equal, else each group's; none of a baseline."""
+    if not theta:
+        return []
     if len(set(theta)) == 1:
         return [("prune/theta", theta[0], 0)]
     return [(f"prune/theta.{group}", value, 0) for group, value in zip(groups, theta, strict=True)]

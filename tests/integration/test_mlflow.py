@@ -32,6 +32,7 @@ from clnp_search.tracking.mlflow import MlflowTracker, TrackingUnavailable, log_
 Snapshot = dict[str, dict[str, Any]]
 VIEWS = (views.SEQUENCES, views.CHOSEN, views.POINTS, views.FAMILIES)
 SPREAD = {
+    "method": "clnp",
     "margin": 0.01,
     "seeds": [0, 1],
     "average_test_accuracy_mean": 0.905,
