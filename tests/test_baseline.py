@@ -228,7 +228,7 @@ def test_a_grid_is_strength_by_learning_rate() -> None:
     ]
     assert len(first_points(sweep_of_method("joint"), 0, None, ())) == 2
     assert sweep.num_points == 4
-    assert SWEEP.num_points == len(grid(SWEEP, None, SWEEP.network.layer_names))
+    assert SWEEP.num_points == len(first_points(SWEEP, 0, None, SWEEP.network.layer_names))
 
 
 def test_what_clnp_is_planned_with_is_as_it_was_without_methods() -> None:
