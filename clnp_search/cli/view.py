@@ -44,7 +44,8 @@ class LiveView(Listener):
         tracking: Callable[[], str] = lambda: "",
     ) -> None:
         self._console, self._sweep, self._name, self._tracking = console, sweep, name, tracking
-        self._units: Mapping[str, Units] = results[-1].units if results else {}
+        self._grows = sweep.method == "clnp"  # a baseline uses all units at once, and has nothing to say of them
+        self._units: Mapping[str, Units] = results[-1].units if results and self._grows else {}
         self._tasks_done = len(results)
         self._point_s = results[-1].seconds / results[-1].points if results else None  # what one of the last task took
         self._stage = "starting Ray"
@@ -107,15 +108,16 @@ class LiveView(Listener):
         """Shows what the task chose, and which units become scarce."""
         result = summary.tasks[-1]
         self._point_s = seconds / result.points
-        self._units, self._tasks_done = result.units, len(summary.tasks)
+        self._units, self._tasks_done = result.units if self._grows else {}, len(summary.tasks)
+        free = f"{_free(_all(result.units))}, " if self._grows else ""
         self._line(
             f"{self._task()}: {result.selected.point} kept, test accuracy {result.test_accuracy:.2%}, "
-            f"{_free(_all(result.units))}, {duration(seconds)}",
+            f"{free}{duration(seconds)}",
             "✓",
             "green",
         )
         scarce = [
-            f"{name} {units.free} of {units.total}" for name, units in _scarcest(result.units) if _is_scarce(units)
+            f"{name} {units.free} of {units.total}" for name, units in _scarcest(self._units) if _is_scarce(units)
         ]
         if scarce:
             self._line(f"{self._task()}: less than {SCARCE:.0%} free: {_some(scarce)}", "!", "yellow")
@@ -192,7 +194,8 @@ class LiveView(Listener):
         if best is None or self._plan is None:
             return ""
         point = self._plan.points[best[0]]
-        settings = f"alpha {_values(point.alpha, ' ')}, learning rate {point.learning_rate:g}"
+        name = "alpha" if self._grows else "strength"
+        settings = f"{name} {_values(point.alpha, ' ')}, learning rate {point.learning_rate:g}"
         return f"best validation accuracy {best[1]:.2%} by {point.name} ({settings})"
 
     def _failed(self) -> str:
