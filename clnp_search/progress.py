@@ -27,6 +27,20 @@ class FailedPoint:
 
 
 @dataclass(frozen=True)
+class Cost:
+    """How long a task has kept trials busy; points that were taken over from another run cost nothing here.
+
+    Args:
+        training_s: Seconds of the trials that trained its points, fine-tune rounds included.
+        scans_s: Seconds of its threshold scans.
+    """
+
+    task: int
+    training_s: float
+    scans_s: float
+
+
+@dataclass(frozen=True)
 class Progress:
     """Where a run stands.
 
@@ -82,6 +96,17 @@ def failed_points(folder: RunFolder) -> tuple[FailedPoint, ...]:
     return tuple(
         FailedPoint(task, record.point.name_in(record.round), record.reason) for task, record in folder.read_failed()
     )
+
+
+def costs_of(folder: RunFolder) -> tuple[Cost, ...]:
+    """What each task has cost so far."""
+    costs: list[Cost] = []
+    while folder.read_plan(task := len(costs)) is not None:
+        records = [record for record in folder.read_points(task) if not record.origin]
+        points = {record.point.index for record in records}
+        scans = [scan for point in sorted(points) for scan in folder.read_scans(task, point)]
+        costs.append(Cost(task, sum(each.seconds for each in records), sum(each.seconds for each in scans)))
+    return tuple(costs)
 
 
 def is_running(folder: RunFolder) -> bool:

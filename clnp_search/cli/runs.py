@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from clnp_search.cli.console import as_typed, count, err, out, print_json
+from clnp_search.cli.console import as_typed, count, duration, err, out, print_json
 from clnp_search.cli.options import AsJson, Run, Storage
 from clnp_search.errors import InputError
 
@@ -19,19 +20,38 @@ if TYPE_CHECKING:
     from clnp_search.progress import FailedPoint, Progress
     from clnp_search.storage import RunFolder
 
+WATCH_S = 2.0
 FIGURE_SUFFIXES = (".png", ".svg")
 COLOURS = {"complete": "green", "depleted": "green", "running": "cyan", "interrupted": "yellow", "failed": "red"}
 
 
-def status(run: Run, storage: Storage = "runs/", as_json: AsJson = False) -> None:
-    """Show how far a run has come, the capacity that is left, and what failed."""
-    from clnp_search.cli.view import summary_line, summary_table
-    from clnp_search.forecast import forecast, in_words
-    from clnp_search.progress import progress_of
+def status(
+    run: Run,
+    storage: Storage = "runs/",
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Show it again every two seconds, as long as the run goes on.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show how far a run has come, the capacity that is left, what it has cost, and what failed."""
     from clnp_search.storage import open_run
 
+    if watch and as_json:
+        raise InputError("--watch and --json: there is one document; allowed: one of the two")
     folder = open_run(run, storage)
-    progress = progress_of(folder)
+    while _show_status(run, folder, as_json) == "running" and watch:
+        time.sleep(WATCH_S)
+        if out.is_terminal:
+            out.clear()
+
+
+def _show_status(run: str, folder: RunFolder, as_json: bool) -> str:
+    """Prints where a run stands; gives its status."""
+    from clnp_search.cli.view import summary_line, summary_table
+    from clnp_search.forecast import forecast, in_words
+    from clnp_search.progress import costs_of, progress_of
+
+    progress, costs = progress_of(folder), costs_of(folder)
     num_tasks = progress.sweep.scenario.tasks
     if as_json:
         current = None
@@ -40,8 +60,9 @@ def status(run: Run, storage: Storage = "runs/", as_json: AsJson = False) -> Non
         document: dict[str, Any] = asdict(progress.summary) | {"status": progress.status, "num_tasks": num_tasks}
         failed = [asdict(each) for each in progress.failed_points]
         capacity = {group: asdict(each) for group, each in forecast(progress.summary.tasks).items()}
-        print_json(document | {"current": current, "failed_points": failed, "forecast": capacity})
-        return
+        more = {"forecast": capacity, "costs": [asdict(cost) for cost in costs]}
+        print_json(document | {"current": current, "failed_points": failed} | more)
+        return progress.status
     summary = progress.summary
     if summary.tasks:
         out.print(summary_table(summary))
@@ -55,9 +76,19 @@ def status(run: Run, storage: Storage = "runs/", as_json: AsJson = False) -> Non
         out.print(summary.reason, style="red", markup=False, highlight=False)
     if progress.points:
         out.print(f"task {progress.task}: {progress.points_done} of {count(progress.points, 'point')} trained")
+    training_s, scans_s = sum(cost.training_s for cost in costs), sum(cost.scans_s for cost in costs)
+    if training_s + scans_s:
+        resources = progress.sweep.resources
+        gpus = f" and {resources.gpu:g} GPU" if resources.gpu else ""
+        out.print(
+            f"cost: trials of {resources.cpu} CPU{gpus} were busy for {duration(training_s + scans_s)}, "
+            f"{duration(training_s)} with training and {duration(scans_s)} with scans",
+            highlight=False,
+        )
     print_failed(progress.failed_points)
     if progress.status in ("interrupted", "failed"):
         out.print(f"go on with `clnp-search resume {run}`", highlight=False)
+    return progress.status
 
 
 def runs(storage: Storage = "runs/", as_json: AsJson = False) -> None:

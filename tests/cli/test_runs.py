@@ -13,7 +13,8 @@ import pytest
 from builders import make_sweep, write_run
 from command_line import Cli
 
-from clnp_search.progress import is_running, progress_of
+from clnp_search.cli.console import duration
+from clnp_search.progress import costs_of, is_running, progress_of
 from clnp_search.records import Holder
 from clnp_search.storage import RunFolder
 
@@ -57,6 +58,34 @@ def test_a_run_is_driven_by_a_process_that_is_alive_and_renews_its_lease(cli: Cl
     lease = cli.folder / "runs" / "run" / "lease.json"
     os.utime(lease, (0, 0))
     assert not is_running(folder)
+
+
+def test_the_cost_is_what_trials_were_busy_for_and_not_what_was_taken_over(cli: Cli) -> None:
+    folder = written(cli, "cost")
+    before = costs_of(folder)
+    assert [cost.task for cost in before] == [0, 1]
+    records = [record for record in folder.read_points(0) if record.status == "done"]
+    assert before[0].training_s == pytest.approx(sum(record.seconds for record in folder.read_points(0)))
+    folder.write_point(0, replace(records[0], seconds=100.0), folder.read_trained(0, records[0]))
+    assert costs_of(folder)[0].training_s == pytest.approx(before[0].training_s - records[0].seconds + 100)
+    total = sum(cost.training_s + cost.scans_s for cost in costs_of(folder))
+    assert f"cost: trials of 1 CPU were busy for {duration(total)}, " in cli("status", "cost").stdout
+    taken = replace(records[0], seconds=100.0, origin="runs/another")
+    folder.write_point(0, taken, folder.read_trained(0, records[0]))
+    assert costs_of(folder)[0].training_s == pytest.approx(before[0].training_s - records[0].seconds)
+
+
+def test_watching_ends_with_the_run(cli: Cli) -> None:
+    folder = written(cli, "watched", until="trained 0 p001")
+    folder.write_lease(holder())
+    watching = cli.start("status", "watched", "--watch")
+    assert watching.stdout is not None
+    while "running: 0 of 2" not in watching.stdout.readline():
+        assert watching.poll() is None
+    folder.delete_lease()
+    assert "interrupted: 0 of 2" in watching.communicate(timeout=60)[0]
+    assert watching.returncode == 0
+    assert "allowed: one of the two" in cli("status", "watched", "--watch", "--json", status=2).stderr
 
 
 def test_a_run_of_a_process_that_has_died_is_interrupted(cli: Cli) -> None:
