@@ -273,9 +273,9 @@ def _begin(
         labels = [
             [data.train.labels + row, data.validation.labels + row] for data, row in zip(datas, first, strict=True)
         ]
-        train_labels, validation_labels = (torch.cat(each) for each in zip(*labels, strict=True))
+        train_labels, validation_labels = (_joined(each) for each in zip(*labels, strict=True))
         if augmentation:
-            train = pack.features(torch.cat([data.train.inputs for data in datas]), train_labels, view=view)
+            train = pack.features(_joined([data.train.inputs for data in datas]), train_labels, view=view)
         else:
             train = pack.features(_inputs([(data.info, data.train) for data in datas], device), train_labels)
         validation = pack.features(_inputs([(data.info, data.validation) for data in datas], device), validation_labels)
@@ -308,8 +308,12 @@ def scan_point(inputs: TaskInputs, point: Point, min_correct: int, rule: str) ->
 
 def _inputs(splits: Sequence[tuple[TaskInfo, Split]], device: torch.device) -> torch.Tensor:
     """The samples of some tasks, as the network takes them."""
-    inputs = [info.transform(split.inputs.to(device)) for info, split in splits]
-    return torch.cat(inputs) if len(inputs) > 1 else inputs[0]
+    return _joined([info.transform(split.inputs.to(device)) for info, split in splits])
+
+
+def _joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Tensors one after another; a single one is not copied."""
+    return torch.cat(list(tensors)) if len(tensors) > 1 else tensors[0]
 
 
 def _validation(data: TaskData, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
