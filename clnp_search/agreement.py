@@ -114,10 +114,7 @@ def recorded_choice(folder: RunFolder, plan: TaskPlan, rules: ForgettingConfig) 
             before = {scan.point: scan for scan in scans}
             scans = [retrained(before[record.point.index], record) for record in last]
     choice = selection.choose(records, scans, spent.margin, rules.sparsity, spent.reasons)
-    if folder.read_selection(plan.task) is None:
-        raise RuntimeError(f"{folder.uri}: task {plan.task}: selection.json is missing")
-    check_selection(folder, plan.task, choice)
-    return Chosen(records, scans, choice, next(record for record in last if record.point.index == choice.chosen))
+    return _chosen(folder, plan.task, records, scans, choice, last)
 
 
 def recorded_best(folder: RunFolder, plan: TaskPlan) -> Chosen:
@@ -127,11 +124,26 @@ def recorded_best(folder: RunFolder, plan: TaskPlan) -> Chosen:
         RuntimeError: As `recorded_choice`.
     """
     records = _recorded(folder, plan)
-    choice = selection.best_mean(records)
-    if folder.read_selection(plan.task) is None:
-        raise RuntimeError(f"{folder.uri}: task {plan.task}: selection.json is missing")
-    check_selection(folder, plan.task, choice)
-    return Chosen(records, [], choice, next(record for record in records if record.point.index == choice.chosen))
+    return _chosen(folder, plan.task, records, [], selection.best_mean(records), records)
+
+
+def _chosen(
+    folder: RunFolder,
+    task: int,
+    records: list[PointRecord],
+    scans: list[ScanRecord],
+    choice: Selection,
+    last: Sequence[PointRecord],
+) -> Chosen:
+    """A choice that follows from records, if it is the one that was written down.
+
+    Args:
+        last: Of the points as they were trained last.
+    """
+    if folder.read_selection(task) is None:
+        raise RuntimeError(f"{folder.uri}: task {task}: selection.json is missing")
+    check_selection(folder, task, choice)
+    return Chosen(records, scans, choice, next(record for record in last if record.point.index == choice.chosen))
 
 
 def _recorded(folder: RunFolder, plan: TaskPlan) -> list[PointRecord]:

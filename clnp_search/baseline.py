@@ -17,7 +17,7 @@ from clnp_search.clnp.subnetwork import Subnetwork
 from clnp_search.listener import Listener
 from clnp_search.records import Point, PointRecord, Selected, TaskResult
 from clnp_search.search.trial import validate
-from clnp_search.sequence import Runner, TaskSequence, count_units, num_correct
+from clnp_search.sequence import Runner, TaskSequence, num_correct
 from clnp_search.storage import RunFolder
 
 if TYPE_CHECKING:
@@ -50,28 +50,10 @@ class BaselineRunner(Runner):
         check_validation(sequence, after, kept)
         folder.write_selection(index, choice)
         self._write_tables(index, records, [[]], choice, tuple(state.graph.groups))
-        state_sha256 = folder.write_state(index, after)
-        networks = list(networks_after(sequence, folder, after))
-        accuracies = tuple(test_accuracies(sequence, networks))
-        result = TaskResult(
-            index=index,
-            name=plan.name,
-            best_val_accuracy=choice.best_val_accuracy,
-            margin=choice.margin,
-            selected=selected(kept.point, kept),
-            test_accuracy=accuracies[-1],
-            test_accuracies=accuracies,
-            units=count_units(after),
-            points=len(records),
-            digest=networks[-1].digest,
-            state_digest=after.digest,
-            state_sha256=state_sha256,
-            seconds=time.perf_counter() - started,
-            ended=time.time(),
-            **accuracies_ahead(sequence, state, index),
-        )
-        folder.write_result(result)
-        return result, after
+        networks, digest = networks_after(sequence, folder, after), Subnetwork(after, index).digest
+        ahead = accuracies_ahead(sequence, state, index)
+        chosen_point = selected(kept.point, kept)
+        return self._commit(plan, choice, chosen_point, networks, digest, after, started, **ahead), after
 
 
 def networks_after(sequence: TaskSequence, folder: RunFolder, after: State) -> Iterator[Subnetwork]:
@@ -80,13 +62,6 @@ def networks_after(sequence: TaskSequence, folder: RunFolder, after: State) -> I
     for task in range(last + 1):
         alone = baseline is not None and baseline.ALONE and task < last
         yield Subnetwork(folder.read_state(task) if alone else after, task)
-
-
-def test_accuracies(sequence: TaskSequence, networks: Sequence[Subnetwork]) -> Iterator[float]:
-    """Test accuracy of each task's network."""
-    for task, network in enumerate(networks):
-        test = sequence.data(task).test
-        yield num_correct(network, test) / len(test)
 
 
 def selected(point: Point, record: PointRecord) -> Selected:

@@ -54,7 +54,8 @@ class Environment:
 
 @dataclass(frozen=True)
 class TaskPlan:
-    """How a task is searched; decided once, before its first point is trained.
+    """How a task is searched; decided once, before its first point is trained. Points that Optuna proposes are added
+    to it, before they are trained.
 
     Args:
         points: The grid, in order.

@@ -7,12 +7,12 @@ import json
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import cached_property, partial
 from importlib.metadata import version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -331,26 +331,51 @@ class Runner:
         check_commit(count_units(after), num_correct(subnetwork, data.validation), chosen.scan)
         folder.write_selection(index, choice)
         self._write_tables(index, records, rounds, choice, groups)
-        state_sha256 = folder.write_state(index, after)
-        accuracies = tuple(test_accuracies(self._sequence, after))
+        chosen_point = selected(kept.point, chosen.scan)
+        result = self._commit(plan, choice, chosen_point, subnetworks(after), subnetwork.digest, after, started)
+        return result, after
+
+    def _commit(
+        self,
+        plan: TaskPlan,
+        choice: Selection,
+        chosen: Selected,
+        networks: Iterable[Subnetwork],
+        digest: str,
+        after: State,
+        started: float,
+        **more: Any,
+    ) -> TaskResult:
+        """Writes down the state after a task, and then its result.
+
+        Args:
+            networks: Of all tasks so far.
+            digest: Of the last of them.
+            after: The state after the task.
+            started: When it began, by `time.perf_counter`.
+            more: Further fields of the result.
+        """
+        state_sha256 = self._folder.write_state(plan.task, after)
+        accuracies = tuple(test_accuracies(self._sequence, networks))
         result = TaskResult(
-            index=index,
+            index=plan.task,
             name=plan.name,
             best_val_accuracy=choice.best_val_accuracy,
             margin=choice.margin,
-            selected=selected(kept.point, chosen.scan),
+            selected=chosen,
             test_accuracy=accuracies[-1],
             test_accuracies=accuracies,
             units=count_units(after),
-            points=len(records),
-            digest=subnetwork.digest,
+            points=len(plan.points),
+            digest=digest,
             state_digest=after.digest,
             state_sha256=state_sha256,
             seconds=time.perf_counter() - started,
             ended=time.time(),
+            **more,
         )
-        folder.write_result(result)
-        return result, after
+        self._folder.write_result(result)
+        return result
 
     def _plan(self, index: int, state: State) -> TaskPlan:
         """The task's recorded plan, or a new one."""
@@ -636,10 +661,11 @@ def active_units(state: State) -> dict[str, int]:
     return {group: units.active for group, units in count_units(state).items()}
 
 
-def test_accuracies(sequence: TaskSequence, state: State) -> list[float]:
-    """Test accuracy of every committed task, evaluated on its subnetwork."""
-    splits = (sequence.data(task).test for task in range(state.num_tasks))
-    return [num_correct(network, split) / len(split) for network, split in zip(subnetworks(state), splits, strict=True)]
+def test_accuracies(sequence: TaskSequence, networks: Iterable[Subnetwork]) -> Iterator[float]:
+    """Test accuracy of each task's network."""
+    for task, network in enumerate(networks):
+        test = sequence.data(task).test
+        yield num_correct(network, test) / len(test)
 
 
 def num_correct(network: Subnetwork, split: Split) -> int:

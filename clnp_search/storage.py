@@ -2,7 +2,7 @@
 
 The run folder is the truth: Ray's experiment folders and MLflow are projections of it. Every file appears whole or
 not at all, and is written once, but for `summary.json`, `mlflow.json`, `lease.json` and pack checkpoints, which are
-replaced.
+replaced, and for `plan.json` and `study.log` of a task whose points Optuna proposes, which grow.
 
 What is read back is what was written: a record ends with the SHA-256 of all before it, and carries that of the
 tensors that it stands for. A file that does not agree is refused by name.

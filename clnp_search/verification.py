@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from clnp_search.agreement import Chosen, check_commit, recorded_best, recorded_choice, sweep_at
-from clnp_search.baseline import accuracies_ahead, check_validation, networks_after, test_accuracies
+from clnp_search.baseline import accuracies_ahead, check_validation, networks_after
 from clnp_search.baseline import selected as selected_by_baseline
 from clnp_search.clnp.state import FreeParameters, State, commit
 from clnp_search.clnp.subnetwork import Subnetwork
@@ -22,7 +22,14 @@ from clnp_search.config import sweep_of
 from clnp_search.errors import InputError
 from clnp_search.records import Selected, TaskPlan, TaskResult, summarise
 from clnp_search.search.proposals import agree
-from clnp_search.sequence import TaskSequence, count_units, num_correct, reused_point, selected
+from clnp_search.sequence import (
+    TaskSequence,
+    count_units,
+    num_correct,
+    reused_point,
+    selected,
+    test_accuracies,
+)
 from clnp_search.storage import RunFolder
 
 T = TypeVar("T")
