@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,9 +36,13 @@ class Cli:
             if process.poll() is None:
                 kill_everything(process)
 
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
-        """A running command."""
-        command = [sys.executable, "-m", "clnp_search", *arguments]
+    def start(self, *arguments: str, before: Sequence[str] = ()) -> subprocess.Popen[str]:
+        """A running command.
+
+        Args:
+            before: A program that starts it, with its own arguments.
+        """
+        command = [*before, sys.executable, "-m", "clnp_search", *arguments]
         environment = os.environ | {"COLUMNS": "200", "RAY_USAGE_STATS_ENABLED": "0", "PYTHONUNBUFFERED": "1"}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         process = subprocess.Popen(command, cwd=self.folder, env=environment, start_new_session=True, **pipes)  # type: ignore[call-overload]
