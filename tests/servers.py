@@ -83,8 +83,8 @@ class RayNodes:
     """
 
     def __init__(self, folder: Path) -> None:
+        self.workers: list[subprocess.Popen[str]] = []
         self._folder = folder
-        self._nodes: list[subprocess.Popen[str]] = []
         self._num_started = 0
         self.port = free_port()
         self.address = f"{HEAD}:{self.port}"
@@ -100,11 +100,12 @@ class RayNodes:
         before = self._alive()
         node = self._start(f"--address={self.address}", f"--num-cpus={cpus}", **environment)
         until_up(node, self._log, lambda: self._require(before + 1))
+        self.workers.append(node)
         return node
 
     def end(self) -> None:
         """Ends all nodes."""
-        for node in reversed(self._nodes):
+        for node in (*self.workers, self.head):
             end(node)
 
     def _start(self, *options: str, **environment: str) -> subprocess.Popen[str]:
@@ -113,9 +114,7 @@ class RayNodes:
         self._log = self._folder / f"{name}.log"
         own = (f"--node-ip-address=127.0.0.{self._num_started}", f"--temp-dir={self._folder / name}")
         ports = ("--min-worker-port=0", "--max-worker-port=0", f"--dashboard-agent-listen-port={free_port()}")
-        node = start(self._log, BIN / "ray", "start", "--block", *own, *ports, *options, **environment)
-        self._nodes.append(node)
-        return node
+        return start(self._log, BIN / "ray", "start", "--block", *own, *ports, *options, **environment)
 
     def _alive(self) -> int:
         with urllib.request.urlopen(f"{self.url}/api/v0/nodes", timeout=10) as answer:

@@ -420,6 +420,35 @@ def network_frozen(options: Options) -> Iterator[Row]:
     yield Row("zenke, 4 points, half frozen over first task", later / first, high=0.55, detail=detail)
 
 
+def own_parts(options: Options) -> Iterator[Row]:
+    """What each point of a pack convolves by itself: as groups of one convolution, over one convolution a point."""
+    prepare(CORES)
+    points, convolve = 4, partial(torch.nn.functional.conv2d, padding=1)
+
+    def grouped(inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return convolve(inputs, weight, groups=points)
+
+    def looped(inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return torch.cat(list(map(convolve, inputs.chunk(points, 1), weight.chunk(points))), 1)
+
+    for dtype in (torch.float32, torch.bfloat16):
+        for channels, side, batch in ((32, 32, BATCH), (64, 16, BATCH), (256, 8, 64)):
+            shapes = (batch, points * channels, side, side), (points * channels, channels, 3, 3)
+            inputs, weight = (
+                torch.randn(shape, dtype=dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
+                for shape in shapes
+            )
+
+            def step(form: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+                form(inputs, weight).sum().backward()  # noqa: B023
+
+            step(grouped), step(looped)
+            pairs = [[timed(partial(step, form)) for form in (grouped, looped)] for _ in range(options.repeats)]
+            ours, other = (min(times) for times in zip(*pairs, strict=True))
+            detail = f"{1e3 * ours:.0f} ms / {1e3 * other:.0f} ms forward and back"
+            yield Row(f"{points} x {channels} channels of {side} x {side}, {dtype}", ours / other, detail=detail)
+
+
 def network_scan(options: Options) -> Iterator[Row]:
     """The exact scan of zenke's network on 5,000 images over one training epoch of 45,000."""
     prepare(CORES)
@@ -612,6 +641,7 @@ BENCHMARKS: dict[str, Callable[[Options], Iterator[Row]]] = {
     "scan": threshold_scan,
     "networks": networks,
     "network_frozen": network_frozen,
+    "own_parts": own_parts,
     "network_scan": network_scan,
     "marginal": marginal,
     "memory": memory,

@@ -5,12 +5,14 @@ finished point trained again, and every metric once in MLflow. They take minutes
 from __future__ import annotations
 
 import os
+import random
 import resource
 import shutil
 import signal
 import subprocess
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -81,16 +83,16 @@ class Watched:
         uri: Of its folder.
     """
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, tasks: int = 2) -> None:
         self.folder = RunFolder(uri)
+        self._tasks = tasks
         self._seen: dict[tuple[int, str], float] = {}
 
     def finished(self) -> dict[tuple[int, str], float]:
         """When each point's training ended, as its record says."""
-        tasks = range(2)
         return {
             (task, record.point.name_in(record.round)): record.ended
-            for task in tasks
+            for task in range(self._tasks)
             for record in self.folder.read_points(task)
         }
 
@@ -103,17 +105,13 @@ class Watched:
         """Whether so many points are finished."""
         return self.look() >= number
 
-    def training(self) -> bool:
-        """Whether a pack is being trained now, of a task that is not finished."""
-        return self.folder.read_plan(0) is not None
-
     def assert_undisturbed(self, digest: str) -> None:
         """It ended as if nothing had happened."""
         summary = self.folder.read_summary()
         assert summary is not None
         assert (summary.status, summary.state_digest) == ("complete", digest)
         final = self.finished()
-        assert len(final) == 8
+        assert len(final) == 4 * self._tasks
         assert {point: final[point] for point in self._seen} == self._seen, "a finished point was trained again"
 
 
@@ -311,3 +309,62 @@ def test_two_drivers_on_two_machines_whose_clocks_differ(cli: Cli, digest: str) 
     status, errors = ended(first)
     assert status == 3, errors
     run.assert_undisturbed(digest)
+
+
+def test_fifty_random_kills(
+    cli: Cli,
+    nodes: RayNodes,
+    store: ObjectStore,
+    server: TrackingServer,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tasks = ("--set", "scenario.tasks=20", "--set", "name=kills")
+    expected = cli.json("run", "sweep.yaml", "--name", "calm", *LONG, *tasks, *UNTRACKED)["state_digest"]
+    run = Watched(join_uri(store.storage, "kills"), 20)
+    server.start()
+    seed = random.randrange(1 << 32)
+    chance = random.Random(seed)
+    places = ("--storage", store.storage, "--tracking-uri", server.uri, "--address", nodes.address)
+    killed: Counter[str] = Counter()
+    began = time.monotonic()
+    process = cli.start("run", "sweep.yaml", "--name", "kills", *LONG, *tasks, *places)
+    while killed.total() < 50:
+        victim = chance.choice(("driver", "worker", "node", "MLflow", "storage"))
+        time.sleep(chance.uniform(0, 3))
+        if process.poll() is not None:
+            assert process.returncode in (1, -signal.SIGKILL), process.communicate()[1]
+            run.look()
+            process = cli.start("resume", run.folder.uri, *places[2:])
+            continue
+        if victim == "worker":
+            busy = [
+                pid for node in nodes.workers for pid, what in descendants(node.pid).items() if "ray::_pack" in what
+            ]
+            if not busy:
+                continue
+            os.kill(chance.choice(busy), signal.SIGKILL)
+        elif victim == "node":
+            kill_everything(nodes.workers.pop(chance.randrange(2)))
+            nodes.add()
+        elif victim == "driver":
+            process.kill()
+            process.wait()
+        else:
+            away = store if victim == "storage" else server
+            away.kill()
+            time.sleep(chance.uniform(0, 10))
+            away.start()
+        killed[victim] += 1
+    while True:
+        status, errors = ended(process, 600)
+        assert status in (0, 1, -signal.SIGKILL), errors
+        run.look()
+        if status == 0:
+            break
+        process = cli.start("resume", run.folder.uri, *places[2:])
+    cli("resume", run.folder.uri, *places[2:])  # logs what waited
+    with capsys.disabled():
+        print(f"\nseed {seed}: killed {dict(killed)} in {time.monotonic() - began:.0f} s")
+    run.assert_undisturbed(expected)
+    assert_all_in_mlflow(run.folder, server.uri, tmp_path)
