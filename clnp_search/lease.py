@@ -2,7 +2,7 @@
 
 The lease is a file in the run folder. Object stores have neither locks nor renames, and the clocks of machines differ.
 So who wants the lease writes its token, and holds the lease if the token still stands a moment later; the holder keeps
-counting in the file, and gives way if it finds another token; and a process of another machine is taken for dead once
+counting in the file, and gives way if it finds another token, or none; and a process of another machine is taken for dead once
 its count has stood still for a while by the clock of the one who watches. On one machine the process itself is looked
 up, so that a crashed run can be resumed at once.
 """
@@ -107,8 +107,8 @@ class Lease:
         while not self._ended.wait(BEAT_S):
             try:
                 now = self._folder.read_lease()
-                if now is not None and now.token != self._mine.token:
-                    self.lost = f"{self._name} was taken over by {now}"
+                if now is None or now.token != self._mine.token:
+                    self.lost = f"{self._name} was taken over by {now or 'a process that has ended since'}"
                     self._on_lost()
                     return
                 self._mine = replace(self._mine, beat=self._mine.beat + 1)

@@ -122,6 +122,15 @@ def test_who_loses_the_lease_is_told_and_leaves_the_other_in_peace(folder: RunFo
     assert folder.read_lease() == other
 
 
+def test_who_finds_no_lease_any_more_is_told_that_another_has_come_and_gone(folder: RunFolder, quick: None) -> None:
+    lost = Event()
+    with Lease(folder, lost.set) as mine:
+        folder.delete_lease()
+        assert lost.wait(60)
+        assert "taken over by a process that has ended since" in mine.lost
+    assert folder.read_lease() is None
+
+
 def test_of_many_that_start_at_once_one_drives(folder: RunFolder, quick: None) -> None:
     losers, drivers, decided = list[int](), list[int](), Event()
 

@@ -10,6 +10,7 @@ import gc
 import logging
 import os
 import socket
+import sys
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -144,7 +145,7 @@ class Cluster:
         """
         remote = ray.remote(**self._options, max_retries=0, runtime_env=TRIAL_ENVIRONMENT)(_scan_task)
         left, failures = list(points), Counter[str]()
-        running: dict[ray.ObjectRef, Point] = {}
+        running: dict[ray.ObjectRefGenerator, Point] = {}
         while left or running:
             # No more at a time than can run: for tasks that wait, Ray would start processes.
             while left and len(running) < self.capacity.num_slots:
@@ -153,17 +154,19 @@ class Cluster:
             done, _ = ray.wait(list(running))
             point = running.pop(done[0])
             try:
-                record = ray.get(done[0])
+                found = ray.get(next(done[0]))
             except ray.exceptions.RayError as error:
-                fault = f"threshold scan of {point.name}: {cause_of(error)}"
-                failures[point.name] += 1
-                if failures[point.name] > max_failures:
-                    raise MachineFault(fault + tried(failures[point.name])) from error
-                logger.warning("%s; trying again", fault)
-                pause(failures[point.name])
-                left.insert(0, point)
-            else:
-                yield record
+                found = cause_of(error)
+            if not isinstance(found, str):
+                yield found
+                continue
+            fault = f"threshold scan of {point.name}: {found}"
+            failures[point.name] += 1
+            if failures[point.name] > max_failures:
+                raise MachineFault(fault + tried(failures[point.name]))
+            logger.warning("%s; trying again", fault)
+            pause(failures[point.name])
+            left.insert(0, point)
 
 
 @contextmanager
@@ -235,10 +238,17 @@ def _init(address: str, **options: Any) -> None:
     ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, configure_logging=True, **options)
 
 
-def _scan_task(shared: RunInputs, of_task: OfTask, point: Point, min_correct: int, rule: str) -> ScanRecord:
-    from clnp_search.search.trial import TaskInputs, scan_point
+def _scan_task(
+    shared: RunInputs, of_task: OfTask, point: Point, min_correct: int, rule: str
+) -> Iterator[ScanRecord | str]:
+    """The scan, or what went wrong, after which the process ends, as one of `tuning` does."""
+    try:
+        from clnp_search.search.trial import TaskInputs, scan_point
 
-    return scan_point(TaskInputs(shared, *of_task), point, min_correct, rule)
+        yield scan_point(TaskInputs(shared, *of_task), point, min_correct, rule)
+    except Exception as error:
+        yield cause_of(error)
+        sys.exit(1)
 
 
 def _warm_up() -> None:

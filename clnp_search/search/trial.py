@@ -114,10 +114,15 @@ class TaskInputs:
         return [self.run.scenario.data(task) for task in range(0 if joint else self.plan.task, self.plan.task + 1)]
 
 
-def run_pack(inputs: TaskInputs, points: Sequence[Point]) -> Iterator[Progress]:
+def run_pack(inputs: TaskInputs, points: Sequence[Point], believed: bool = True) -> Iterator[Progress]:
     """Gives every point of a pack its record: trained, or failed by its own fault; shows the training as it goes.
 
+    Args:
+        believed: Whether an error that is a point's own is recorded as its result. A process that ran out of memory
+            raises any error in any place, so that one is believed once it comes a second time, in another process.
+
     Raises:
+        PointFault: A point's own error, which is not believed.
         Exception: What the machine did: no space, no memory for a single point, no GPU, a run folder that cannot be
             read or written. It is worth another try, as is the death of this process; points have no record of it.
     """
@@ -125,10 +130,12 @@ def run_pack(inputs: TaskInputs, points: Sequence[Point]) -> Iterator[Progress]:
     notes: tuple[str, ...] = ()
     if planned != torch.__version__:
         notes = (f"planned with torch {planned}, trained with torch {torch.__version__}",)
-    yield from train_pack(inputs, points, notes)
+    yield from train_pack(inputs, points, notes, believed)
 
 
-def train_pack(inputs: TaskInputs, points: Sequence[Point], notes: tuple[str, ...] = ()) -> Iterator[Progress]:
+def train_pack(
+    inputs: TaskInputs, points: Sequence[Point], notes: tuple[str, ...] = (), believed: bool = True
+) -> Iterator[Progress]:
     """Trains a pack's points and writes each one's record and parameters to the run folder.
 
     Goes on from the pack's checkpoint if there is one; points that are recorded already are not written again. If
@@ -139,6 +146,8 @@ def train_pack(inputs: TaskInputs, points: Sequence[Point], notes: tuple[str, ..
         yield from _train(inputs, points, notes)
         return
     except PointFault as fault:
+        if not believed:
+            raise
         if len(points) == 1:
             plan, (point,) = inputs.plan, points
             record = PointRecord(plan.keys[point.index], point, "failed", 0, 0, reason=str(fault), round=plan.round)
@@ -149,12 +158,13 @@ def train_pack(inputs: TaskInputs, points: Sequence[Point], notes: tuple[str, ..
         if len(points) == 1 or not _out_of_memory(error):
             raise
         note = f"a pack of {len(points)} points ran out of memory and was split"
+        believed = False
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     middle = len(points) // 2
     for half in (points[:middle], points[middle:]):
-        yield from train_pack(inputs, half, (*notes, note))
+        yield from train_pack(inputs, half, (*notes, note), believed)
 
 
 def _train(inputs: TaskInputs, points: Sequence[Point], notes: tuple[str, ...]) -> Iterator[Progress]:
@@ -203,8 +213,8 @@ def _train(inputs: TaskInputs, points: Sequence[Point], notes: tuple[str, ...]) 
         ]
     seconds = (time.perf_counter() - started) / len(points)
     for position, point in enumerate(points):
-        if point not in missing:
-            continue
+        if folder.read_point(task, point.name_in(number)) is not None:
+            continue  # it was finished before, or meanwhile for another driver
         record = PointRecord(
             key=keys[point.index],
             point=point,

@@ -9,6 +9,7 @@ its pack, which is trained by a Ray task with the resources of a trial.
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
@@ -197,25 +198,36 @@ def _train_trial(
     # "DEFAULT" is outside the placement group of the trial itself, which has no cores.
     task = ray.remote(**options, max_retries=0, scheduling_strategy="DEFAULT")(_pack_task)
     for failures in range(1, max_failures + 2):
+        given_up, cause = failures > max_failures, ""
         try:
-            for progress in task.remote(shared[0], config["inputs"][0], config["pack"]):
-                tune.report(ray.get(progress))
+            for item in task.remote(shared[0], config["inputs"][0], config["pack"], failures > 1 or given_up):
+                report = ray.get(item)
+                cause = report.get("cause", "")
+                if not cause:
+                    tune.report(report)
             return
         except Exception as error:
-            given_up = failures > max_failures
-            tune.report({"failures": failures, "given_up": given_up, "cause": cause_of(error)})
+            tune.report({"failures": failures, "given_up": given_up, "cause": cause or cause_of(error)})
             if not given_up:
                 pause(failures)
 
 
-def _pack_task(shared: RunInputs, of_task: OfTask, pack: int) -> Iterator[dict[str, Any]]:
+def _pack_task(shared: RunInputs, of_task: OfTask, pack: int, believed: bool) -> Iterator[dict[str, Any]]:
+    try:
+        yield from _train_points(shared, of_task, pack, believed)
+    except Exception as error:
+        yield {"cause": cause_of(error)}
+        sys.exit(1)  # the process might go on with modules that were half imported when it ran out of memory
+
+
+def _train_points(shared: RunInputs, of_task: OfTask, pack: int, believed: bool) -> Iterator[dict[str, Any]]:
     from clnp_search.search.trial import TaskInputs, run_pack
     from clnp_search.storage import RunFolder
 
     inputs = TaskInputs(shared, *of_task)
     plan = inputs.plan
     points = [plan.points[index] for index in plan.packs[pack]]
-    for training in run_pack(inputs, points):
+    for training in run_pack(inputs, points, believed):
         # A list: Tune flattens dictionaries on their way to the searcher.
         yield {"points": [(point, seen.epoch + 1, seen.val_accuracy) for point, seen in training.items()]}
     folder = RunFolder(shared.folder)

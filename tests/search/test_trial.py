@@ -120,6 +120,19 @@ def test_a_fault_of_one_point_is_its_own_and_the_others_are_trained(
     assert len(records(inputs)) == 8
 
 
+def test_a_fault_of_a_point_is_not_believed_where_the_process_may_be_to_blame(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = make_inputs(tmp_path)
+    with_pack(monkeypatch, lambda alphas: 1 / 0)
+    with pytest.raises(trial.PointFault, match="ZeroDivisionError"):
+        list(trial.run_pack(inputs, inputs.plan.points, believed=False))
+    with_pack(monkeypatch, lambda alphas: torch.empty(2**45) if len(alphas) > 2 else 1 / 0)
+    with pytest.raises(trial.PointFault, match="ZeroDivisionError"):
+        list(trial.run_pack(inputs, inputs.plan.points))
+    assert records(inputs) == []
+
+
 def test_a_pack_that_runs_out_of_memory_is_split_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with_pack(monkeypatch, lambda alphas: torch.empty(2**45 if len(alphas) > 2 else 1))
     inputs = make_inputs(tmp_path)
