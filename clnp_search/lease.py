@@ -2,9 +2,9 @@
 
 The lease is a file in the run folder. Object stores have neither locks nor renames, and the clocks of machines differ.
 So who wants the lease writes its token, and holds the lease if the token still stands a moment later; the holder keeps
-counting in the file, and gives way if it finds another token, or none; and a process of another machine is taken for dead once
-its count has stood still for a while by the clock of the one who watches. On one machine the process itself is looked
-up, so that a crashed run can be resumed at once.
+counting in the file, and gives way if it finds another token, or none; and a process of another machine is taken for
+dead once its count has stood still for a while by the clock of the one who watches. On one machine the process itself
+is looked up, so that a crashed run can be resumed at once.
 """
 
 from __future__ import annotations
