@@ -268,6 +268,9 @@ def _sequence_metrics(results: Sequence[TaskResult]) -> Metrics:
 def _so_far(results: Sequence[TaskResult]) -> dict[str, float]:
     summary = summarise("", "running", 0, "", tuple(results))
     values = {"test/average_accuracy": summary.average_test_accuracy, "test/forgetting": summary.max_forgetting}
+    values["test/backward_transfer"] = summary.backward_transfer
+    if summary.forward_transfer is not None:
+        values["test/forward_transfer"] = summary.forward_transfer
     groups = results[-1].units
     values["capacity/free"] = sum(units.free for units in groups.values())
     values["capacity/new"] = sum(units.new for units in groups.values())

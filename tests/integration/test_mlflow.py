@@ -155,6 +155,7 @@ def test_curves_are_complete(finished: RunFolder, sweep: Sweep) -> None:
     sequence = seen["run"]["metrics"]
     assert sequence["test/task0"] == [(0, 0.9), (1, 0.9)]
     assert sequence["test/task1"] == [(1, 0.91)]
+    assert sequence["test/backward_transfer"] == [(0, 0.0), (1, 0.0)]
     free = [[units.free for units in result.units.values()] for result in finished.read_results()]
     assert sequence["capacity/free.hidden1"] == [(index, left[1]) for index, left in enumerate(free)]
     assert sequence["capacity/free"] == [(index, sum(left)) for index, left in enumerate(free)]
