@@ -97,9 +97,8 @@ class RayNodes:
 
     def add(self, cpus: int = 1, **environment: str) -> subprocess.Popen[str]:
         """One more node."""
-        before = self._alive()
         node = self._start(f"--address={self.address}", f"--num-cpus={cpus}", **environment)
-        until_up(node, self._log, lambda: self._require(before + 1))
+        until_up(node, self._log, self._require_newest)
         self.workers.append(node)
         return node
 
@@ -110,19 +109,17 @@ class RayNodes:
 
     def _start(self, *options: str, **environment: str) -> subprocess.Popen[str]:
         self._num_started += 1
+        self._newest = f"127.0.0.{self._num_started}"
         name = f"n{self._num_started}"
         self._log = self._folder / f"{name}.log"
-        own = (f"--node-ip-address=127.0.0.{self._num_started}", f"--temp-dir={self._folder / name}")
+        own = (f"--node-ip-address={self._newest}", f"--temp-dir={self._folder / name}")
         ports = ("--min-worker-port=0", "--max-worker-port=0", f"--dashboard-agent-listen-port={free_port()}")
         return start(self._log, BIN / "ray", "start", "--block", *own, *ports, *options, **environment)
 
-    def _alive(self) -> int:
-        with urllib.request.urlopen(f"{self.url}/api/v0/nodes", timeout=10) as answer:
+    def _require_newest(self) -> None:
+        with urllib.request.urlopen(f"{self.url}/api/v0/nodes?limit=1000", timeout=10) as answer:
             nodes = json.load(answer)["data"]["result"]["result"]
-        return sum(node["state"] == "ALIVE" for node in nodes)
-
-    def _require(self, number: int) -> None:
-        if self._alive() < number:
+        if ("ALIVE", self._newest) not in {(node["state"], node["node_ip"]) for node in nodes}:
             raise RuntimeError("it has not joined yet")
 
 
