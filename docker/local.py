@@ -122,44 +122,33 @@ def serve(folder: Path, cpus: int, programs: dict[str, str]) -> None:
 
 def _start(servers: Servers, folder: Path, cpus: int, programs: dict[str, str]) -> dict[str, str]:
     secrets = folder / "secrets"
-    s3, dashboard, gcs = (_free_port() for _ in range(3))
+    dashboard, gcs = (free_port() for _ in range(2))
     client = {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(secrets / "ray_token"),
         "RAY_API_SERVER_ADDRESS": f"http://{LOOPBACK}:{dashboard}",
-        "AWS_SHARED_CREDENTIALS_FILE": str(secrets / "s3_credentials"),
-        "AWS_ENDPOINT_URL": f"http://{LOOPBACK}:{s3}",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
+    } | start_objects(servers, folder, programs)
     os.environ.update(client, PATH=f"{BIN}:{os.environ['PATH']}", RAY_USAGE_STATS_ENABLED="0")
     os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"  # under `uv run`, Ray would send this folder to its workers
     os.environ.update(MLFLOW_DISABLE_TELEMETRY="true", DO_NOT_TRACK="true", MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false")
-
-    (folder / "s3").mkdir(exist_ok=True)
-    bind = (f"-ip={LOOPBACK}", f"-ip.bind={LOOPBACK}", f"-s3.port={s3}", "-s3.port.iceberg=0", "-s3.port.lance=0")
-    off = ("-webdav=false", "-admin.ui=false")
-    identities = f"-s3.config={secrets / 's3_identities'}"
-    servers.start("weed", programs["weed"], "mini", "-dir=s3", *bind, *off, identities, "-bucket=clnp,mlflow")
 
     def start_ray(name: str, *options: str) -> None:
         # Each node has its own folder: one deletes the unpacked working directory that the other's job still runs in.
         # Ports would otherwise be the same for every node, or be drawn from one range.
         own = ("--node-name", socket.gethostname(), f"--temp-dir={folder / name}", "--min-worker-port=0")
-        ports = ("--max-worker-port=0", f"--dashboard-agent-listen-port={_free_port()}")
+        ports = ("--max-worker-port=0", f"--dashboard-agent-listen-port={free_port()}")
         servers.start(name, programs["ray"], "start", "--block", *own, *ports, *options)
 
-    at_head = (f"--port={gcs}", f"--node-ip-address={LOOPBACK}", f"--ray-client-server-port={_free_port()}")
+    at_head = (f"--port={gcs}", f"--node-ip-address={LOOPBACK}", f"--ray-client-server-port={free_port()}")
     shown = (f"--dashboard-host={LOOPBACK}", f"--dashboard-port={dashboard}")
     start_ray("ray-head", "--head", "--num-cpus=0", *at_head, *shown)
-    password = (secrets / "postgres_password").read_text()
-    postgres = _start_postgres(servers, folder, programs, password)
+    uri = start_postgres(servers, folder, programs)
     servers.wait("weed", _list_bucket)
-    tracking = _free_port()
-    uri = f"postgresql+psycopg://mlflow@{LOOPBACK}:{postgres}/postgres"
+    tracking = free_port()
     mlflow = (sys.executable, "-m", "mlflow", "server", "-w", 1, "--host", LOOPBACK, "--port", tracking)
     hosts = f"{LOOPBACK}:{tracking},localhost:{tracking}"
     stores = ("--backend-store-uri", uri, "--artifacts-destination", "s3://mlflow", "--allowed-hosts", hosts)
-    servers.start("mlflow", *mlflow, *stores, PGPASSWORD=password)
+    servers.start("mlflow", *mlflow, *stores, PGPASSWORD=(secrets / "postgres_password").read_text())
 
     servers.wait("ray-head", partial(health.ray_head, f"http://{LOOPBACK}:{dashboard}"))
     start_ray("ray-worker", f"--address={LOOPBACK}:{gcs}", f"--num-cpus={cpus}")
@@ -168,11 +157,27 @@ def _start(servers: Servers, folder: Path, cpus: int, programs: dict[str, str]) 
     return client | {"MLFLOW_TRACKING_URI": f"http://{LOOPBACK}:{tracking}"}
 
 
-def _start_postgres(servers: Servers, folder: Path, programs: dict[str, str], password: str) -> int:
-    """Starts PostgreSQL, as a user of its own where this one is root, which it refuses; gives its port."""
+def start_objects(servers: Servers, folder: Path, programs: dict[str, str]) -> dict[str, str]:
+    """Starts the object store, with the buckets `clnp` and `mlflow`; gives what its clients have in the environment."""
+    secrets, port = folder / "secrets", free_port()
+    (folder / "s3").mkdir(exist_ok=True)
+    bind = (f"-ip={LOOPBACK}", f"-ip.bind={LOOPBACK}", f"-s3.port={port}", "-s3.port.iceberg=0", "-s3.port.lance=0")
+    off = ("-webdav=false", "-admin.ui=false")
+    identities = f"-s3.config={secrets / 's3_identities'}"
+    servers.start("weed", programs["weed"], "mini", "-dir=s3", *bind, *off, identities, "-bucket=clnp,mlflow")
+    return {
+        "AWS_SHARED_CREDENTIALS_FILE": str(secrets / "s3_credentials"),
+        "AWS_ENDPOINT_URL": f"http://{LOOPBACK}:{port}",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+
+
+def start_postgres(servers: Servers, folder: Path, programs: dict[str, str]) -> str:
+    """Starts PostgreSQL, as a user of its own where this one is root, which it refuses; its URI lacks the password."""
     import psycopg
 
-    data, port = folder / "postgres", _free_port()
+    password = (folder / "secrets" / "postgres_password").read_text()
+    data, port = folder / "postgres", free_port()
     user = "postgres" if os.geteuid() == 0 else None
     if not (data / "PG_VERSION").exists():
         data.mkdir(mode=0o700, exist_ok=True)
@@ -193,7 +198,7 @@ def _start_postgres(servers: Servers, folder: Path, programs: dict[str, str], pa
         "postgres",
         lambda: psycopg.connect(host=LOOPBACK, port=port, user="mlflow", password=password, dbname="postgres").close(),
     )
-    return port
+    return f"postgresql+psycopg://mlflow@{LOOPBACK}:{port}/postgres"
 
 
 def _as(user: str | None) -> dict[str, Any]:
@@ -206,13 +211,14 @@ def _list_bucket() -> None:
     boto3.client("s3").list_objects_v2(Bucket="clnp")
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind((LOOPBACK, 0))
         return int(probe.getsockname()[1])
 
 
-def _programs() -> dict[str, str]:
+def find_programs() -> dict[str, str]:
     """Paths of the programs that are started; exits with status 2 if one is missing."""
     newest = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name), reverse=True)
     places = os.pathsep.join([str(BIN), os.environ["PATH"], *map(str, newest)])
@@ -234,7 +240,7 @@ def main() -> None:
     folder = arguments.folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        serve(folder, arguments.cpus, _programs())
+        serve(folder, arguments.cpus, find_programs())
     except ServerError as failure:
         sys.exit(str(failure))
     except KeyboardInterrupt:
