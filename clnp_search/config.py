@@ -605,6 +605,8 @@ class TrackingConfig(_Section):
 
     uri: Text = "sqlite:///mlflow.db"
     """MLflow tracking URI; `none` switches tracking off."""
+    models: StrictBool = True
+    """Log each committed task's network as an MLflow model (extra `onnx`); else `clnp-search register` does it."""
 
 
 class Sweep(_Section):

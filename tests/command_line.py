@@ -20,6 +20,7 @@ head: {kind: single}
 training: {epochs: 12, batch_size: 64}
 search: {alpha: [1e-5, [1e-4, 3e-4, 1e-4]], learning_rate: [0.005, 0.01]}
 forgetting: {margin: 2%}
+tracking: {models: false}
 """
 
 

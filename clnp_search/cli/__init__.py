@@ -21,7 +21,7 @@ import typer
 from typer.exceptions import TyperException
 
 from clnp_search.cli.console import DONE, FAILED, INPUT_WRONG, INTERRUPTED, as_typed, count, err, out, print_json
-from clnp_search.cli.models import evaluate, export, verify
+from clnp_search.cli.models import evaluate, export, register, verify
 from clnp_search.cli.network import network
 from clnp_search.cli.options import (
     Address,
@@ -255,6 +255,7 @@ for command in (
     verify,
     evaluate,
     export,
+    register,
     report,
     submit,
     ui,
@@ -300,10 +301,14 @@ def drive(sweep: Sweep, folder: RunFolder, address: str, retry_failed: bool = Fa
     from clnp_search.config import sweep_of
     from clnp_search.lease import Lease
     from clnp_search.search.cluster import connect
-    from clnp_search.tracking.probe import fault_of
+    from clnp_search.tracking.probe import fault_of, missing_packages
 
     if fault := fault_of(sweep.tracking.uri):
         err.print(f"[yellow]MLflow: {fault}.[/] The run goes on; its records wait in the run folder.", highlight=False)
+    elif sweep.tracking.uri != "none" and sweep.tracking.models and (missing := missing_packages()):
+        err.print(
+            f"MLflow gets no models: {missing}, or say `tracking: {{models: false}}`", markup=False, highlight=False
+        )
     begun = folder.exists("sweep.yaml")
     publisher = Publisher(folder, sweep)
     lease = Lease(folder, _interrupt_main)

@@ -1,4 +1,4 @@
-"""Commands that look at committed models: `verify`, `evaluate` and `export`."""
+"""Commands that look at committed models or hand them on: `verify`, `evaluate`, `export` and `register`."""
 
 from __future__ import annotations
 
@@ -11,8 +11,17 @@ from rich.markup import escape
 from rich.table import Table
 
 from clnp_search.cli.console import NOT_VERIFIED, out, print_json
-from clnp_search.cli.options import AsJson, Run, Storage, TaskIndex, open_named, require_task
-from clnp_search.errors import InputError
+from clnp_search.cli.options import (
+    AsJson,
+    Run,
+    Storage,
+    TaskIndex,
+    TrackingUri,
+    located,
+    open_named,
+    require_task,
+)
+from clnp_search.errors import InputError, MachineFault
 
 
 def verify(run: Run, storage: Storage = "runs/", as_json: AsJson = False) -> None:
@@ -105,3 +114,47 @@ def export(
         out.print(
             f"{out_file}: task {task}, {len(data)} bytes; takes raw float32 samples (batch x {shape}), gives logits"
         )
+
+
+def register(
+    run: Run,
+    name: Annotated[
+        str | None, typer.Option("--name", metavar="MODEL", help="Name in the registry. Default: the run's name.")
+    ] = None,
+    storage: Storage = "runs/",
+    tracking_uri: TrackingUri = None,
+    as_json: AsJson = False,
+) -> None:
+    """Register every committed task's network in MLflow: versions of one model, aliases task-0, task-1, ...
+
+    What MLflow has not yet is logged first. The same command again changes nothing; after more tasks, it adds theirs;
+    for another run under the same name, the aliases move to its versions.
+
+    Then, with MLFLOW_TRACKING_URI set: `mlflow models serve -m models:/RUN@task-0 --env-manager local`
+    """
+    from clnp_search.lease import Lease
+    from clnp_search.tracking.mlflow import MlflowTracker, TrackingUnavailable
+    from clnp_search.tracking.probe import fault_of, missing_packages
+
+    sweep, folder = open_named(run, storage)
+    sweep = located(sweep, None, tracking_uri)
+    name = folder.name if name is None else name
+    if not name.strip() or {*name} & {*"/:"}:
+        raise InputError(f"--name {name!r}: MLflow's models have names without / and :")
+    if sweep.tracking.uri == "none":
+        raise InputError(f"{run}: nothing is logged to MLflow (tracking.uri is none); name a store with --tracking-uri")
+    if fault := fault_of(sweep.tracking.uri) or missing_packages():
+        raise InputError(f"MLflow: {fault}")
+    folder.require_writable()
+    try:
+        with Lease(folder, lambda: None):  # whoever drives the run logs models too
+            registered = MlflowTracker(folder, sweep).register(name)
+    except (TrackingUnavailable, ValueError) as error:
+        raise MachineFault(f"MLflow: {error}\nThe same command goes on from there.") from error
+    if as_json:
+        print_json([asdict(each) | {"uri": each.uri} for each in registered])
+        return
+    for each in registered:
+        out.print(f"task {each.task}: {each.uri}, version {each.version}", highlight=False)
+    if not registered:
+        out.print(f"{folder.name}: no task is committed yet")

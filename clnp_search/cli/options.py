@@ -40,8 +40,6 @@ def located(sweep: Sweep, storage: str | None, tracking_uri: str | None) -> Swee
     Raises:
         InputError: A place is named by nothing.
     """
-    from clnp_search.config import TrackingConfig
-
     storage = sweep.storage if storage is None else storage
     tracking_uri = sweep.tracking.uri if tracking_uri is None else tracking_uri
     if not storage or not tracking_uri:
@@ -51,7 +49,7 @@ def located(sweep: Sweep, storage: str | None, tracking_uri: str | None) -> Swee
             "scenario": sweep.scenario.model_copy(update={"root": str(Path(sweep.scenario.root).absolute())}),
             "modules": tuple(str(Path(folder).absolute()) for folder in sweep.modules),
             "storage": storage if "://" in storage else str(Path(storage).absolute()),
-            "tracking": TrackingConfig(uri=absolute_sqlite(tracking_uri)),
+            "tracking": sweep.tracking.model_copy(update={"uri": absolute_sqlite(tracking_uri)}),
         }
     )
 

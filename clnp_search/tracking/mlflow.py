@@ -1,8 +1,9 @@
 """MLflow as a projection of the run folder: one experiment for each sweep; in it sequence > task > grid point.
 
 The run folder is the truth, and what MLflow has already is asked of MLflow: every run carries a key of its own as a
-tag, and a metric is logged where its run has no value at that step. So a sync can be cut short anywhere, and the next
-one, of the same process or of a later one, goes on. MLflow is imported when it is first needed.
+tag, a metric is logged where its run has no value at that step, and a task's run has one model. So a sync can be cut
+short anywhere, and the next one, of the same process or of a later one, goes on. MLflow is imported when it is first
+needed.
 """
 
 from __future__ import annotations
@@ -17,14 +18,20 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clnp_search.clnp.subnetwork import Subnetwork
 from clnp_search.config import Sweep
 from clnp_search.records import Point, PointRecord, ScanRecord, Selection, Summary, TaskPlan, TaskResult, summarise
 from clnp_search.storage import RunFolder
+from clnp_search.tracking.models import export_tasks, save_model
+from clnp_search.tracking.probe import missing_packages
 from clnp_search.tracking.views import missing_views
+
+if TYPE_CHECKING:
+    from mlflow.entities import LoggedModel
 
 # Defaults; what the user's environment says comes first. No blind retries: a request that MLflow's client repeats
 # after a lost answer could create a run twice, while `sync` looks before it writes.
@@ -39,6 +46,8 @@ ENVIRONMENT = {
 PROBE_TIMEOUT_S = 5.0
 BATCH = 900  # metrics of a request; the server takes 1000 entries, params and tags included
 STATUS = {"running": "RUNNING", "complete": "FINISHED", "depleted": "FINISHED", "failed": "FAILED"}
+MODEL_METRICS = ("test/accuracy", "prune/val_accuracy", "prune/unit_sparsity")  # shown beside a model
+MODEL_VERSIONS = "mlflow.modelVersions"
 
 Metrics = list[tuple[str, float, int]]  # key, value, step
 
@@ -47,12 +56,29 @@ class TrackingUnavailable(Exception):  # noqa: N818 - it says what is the case, 
     """MLflow cannot be read or written now. Nothing is lost: the next `sync` goes on from the run folder."""
 
 
+@dataclass(frozen=True)
+class RegisteredModel:
+    """A committed task's model in MLflow's registry."""
+
+    task: int
+    name: str
+    alias: str
+    version: int
+    model_id: str
+
+    @property
+    def uri(self) -> str:
+        """As MLflow's commands and `load_model` take it."""
+        return f"models:/{self.name}@{self.alias}"
+
+
 class MlflowTracker:
     """Keeps MLflow in step with a run folder."""
 
     def __init__(self, folder: RunFolder, sweep: Sweep) -> None:
         self._folder, self._sweep = folder, sweep
         self._store: _Store | None = None
+        self._exported: dict[int, bytes] = {}
 
     def sync(self, summary: Summary | None = None) -> None:
         """Logs what the run folder has and MLflow has not.
@@ -72,6 +98,30 @@ class MlflowTracker:
             if not (connected and isinstance(error, TrackingUnavailable)):
                 raise
             self.sync(summary)
+
+    def register(self, name: str) -> list[RegisteredModel]:
+        """Makes every committed task's model a version of one registered model, under an alias for the task.
+
+        What is not in MLflow yet is logged first. A version that is there already stays.
+
+        Args:
+            name: Of the registered model, which is made if it is not there.
+
+        Raises:
+            TrackingUnavailable: MLflow cannot be reached, or refuses; the message says why.
+            ValueError: A network cannot be exported.
+        """
+        self.sync()
+        assert self._store is not None
+        registered = []
+        for result in self._folder.read_results():
+            model = self._log_model(self._store, result.index)
+            run = self._store.find(f"{result.index:03d}")
+            assert run is not None
+            alias = f"task-{result.index}"
+            version = self._store.register(run, model, name, alias)
+            registered.append(RegisteredModel(result.index, name, alias, int(version), model.model_id))
+        return registered
 
     def _project(self, summary: Summary | None) -> None:
         folder = self._folder
@@ -122,7 +172,28 @@ class MlflowTracker:
         metrics = [(key, value, index) for key, value, _ in values]
         note = "\n".join(f"- {reason}" for reason in selection.reasons)
         store.log(run, metrics, params, {"clnp.digest": result.digest, "mlflow.note.content": note})
+        if self._sweep.tracking.models and not missing_packages():
+            try:
+                self._log_model(store, index)
+            except ValueError as error:
+                store.log(run, [], tags={"clnp.model": f"not exported: {error}"})
         store.set_status(run, "FINISHED", result.ended)
+
+    def _log_model(self, store: _Store, index: int) -> LoggedModel:
+        """A committed task's model, which is logged if it is not there.
+
+        Raises:
+            ValueError: The network cannot be exported.
+        """
+        run = store.find(f"{index:03d}")
+        assert run is not None
+        model = store.model(run)
+        if model is None or model.status != "READY":
+            if index not in self._exported:  # one process exports all tasks that wait
+                self._exported = export_tasks(self._folder, range(index, len(self._folder.read_results())))
+            network = Subnetwork(self._folder.read_state(index), index)
+            model = store.log_model(run, f"{self._folder.name}, task {index}", self._exported.pop(index), network)
+        return model
 
     def _project_point(
         self,
@@ -296,6 +367,7 @@ class _Run:
     Args:
         unread: Metrics that it had when it was found, of which the steps were not asked yet.
         logged: Metrics that it has, with their steps.
+        models: Ids of the models that it has brought forth.
     """
 
     id: str
@@ -304,6 +376,7 @@ class _Run:
     params: set[str]
     unread: set[str] = field(default_factory=set)
     logged: set[tuple[str, int]] = field(default_factory=set)
+    models: set[str] = field(default_factory=set)
 
 
 @contextmanager
@@ -317,6 +390,11 @@ def _tracking() -> Iterator[None]:
     try:
         yield
     except (MlflowException, SQLAlchemyError, OSError) as error:
+        if isinstance(error, MlflowException) and error.get_http_status_code() == HTTPStatus.UNAUTHORIZED:
+            names = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+            raise TrackingUnavailable(
+                f"the server does not take these credentials, or asks for some: {names}"
+            ) from error
         raise TrackingUnavailable(str(error).strip().partition("\n")[0] or type(error).__name__) from error
 
 
@@ -341,7 +419,8 @@ class _Store:
             page = self._client.search_runs([self.experiment_id], ours, max_results=1000, page_token=token or None)
             for run in page:
                 info, data = run.info, run.data
-                seen = _Run(info.run_id, info.status, data.tags, {*data.params}, unread={*data.metrics})
+                models = {output.model_id for output in run.outputs.model_outputs} if run.outputs else set()
+                seen = _Run(info.run_id, info.status, data.tags, {*data.params}, {*data.metrics}, models=models)
                 self._runs[data.tags["clnp.key"].removeprefix(f"{key}/")] = seen
             token = page.token or None
 
@@ -416,6 +495,72 @@ class _Store:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(data)
             self._client.log_artifacts(run.id, folder)
+
+    @_tracking()
+    def model(self, run: _Run) -> LoggedModel | None:
+        """The run's model, if it is there; it is whole if its status is READY."""
+        found = self._client.search_logged_models([self.experiment_id], f"source_run_id = '{run.id}'", max_results=1)
+        return found[0] if found else None
+
+    @_tracking()
+    def log_model(self, run: _Run, title: str, data: bytes, network: Subnetwork) -> LoggedModel:
+        """Logs the run's model, or what is still missing of it.
+
+        Args:
+            data: The network as an ONNX file.
+        """
+        from mlflow.entities import LoggedModelOutput, Metric
+
+        model = self.model(run)
+        if model is None:
+            shape = "".join(f", {size}" for size in network.info.input_shape)
+            form = f"raw samples, float32 [N{shape}], in; logits, float32 [N, {network.info.num_classes}], out"
+            tags = {"clnp.digest": network.digest, "mlflow.note.content": f"{title} ({network.info.name}): {form}"}
+            # Of what a run's name may have, a model's name may not have dots.
+            name = title.replace(", task ", "-task-").replace(".", "-")
+            model = self._client.create_logged_model(self.experiment_id, name, run.id, tags)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "model")
+            save_model(data, network, path, model.model_id, model.artifact_location, run.id)
+            self._client.log_model_artifacts(model.model_id, str(path))
+        # A value that is logged again with its time is the run's own, and now the model's as well.
+        histories = (self._client.get_metric_history(run.id, key) for key in MODEL_METRICS)
+        values = [
+            Metric(each.key, each.value, each.timestamp, each.step, model_id=model.model_id, run_id=run.id)
+            for history in histories
+            for each in history
+        ]
+        self._client.log_batch(run.id, values)
+        if model.model_id not in run.models:
+            self._client.log_outputs(run.id, [LoggedModelOutput(model.model_id, 0)])
+            run.models.add(model.model_id)
+        return self._client.finalize_logged_model(model.model_id, "READY")
+
+    @_tracking()
+    def register(self, run: _Run, model: LoggedModel, name: str, alias: str) -> str:
+        """The version that a run's model is of a registered one, under an alias; made if it is not there."""
+        from mlflow.exceptions import MlflowException
+
+        client = self._client
+        try:
+            client.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        for each in client.search_model_versions(f"run_id = '{run.id}'"):
+            if (each.name, each.source) == (name, model.artifact_location):
+                version = str(each.version)
+                break
+        else:
+            source, about = model.artifact_location, model.tags.get("mlflow.note.content")
+            made = client.create_model_version(name, source, run.id, description=about, model_id=model.model_id)
+            version = str(made.version)
+        # By this tag the model's own page knows its versions.
+        known = json.loads(model.tags.get(MODEL_VERSIONS, "[]"))
+        if (entry := {"name": name, "version": version}) not in known:
+            client.set_logged_model_tags(model.model_id, {MODEL_VERSIONS: json.dumps([*known, entry])})
+        client.set_registered_model_alias(name, alias, version)
+        return version
 
 
 def _milliseconds(seconds: float = 0.0) -> int:

@@ -1,9 +1,10 @@
-"""Whether a tracking URI can work, asked before a run starts; without MLflow, whose import takes seconds."""
+"""Whether a run can be logged, asked before it starts; without MLflow, whose import takes seconds."""
 
 from __future__ import annotations
 
 import os
 import socket
+from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -41,3 +42,9 @@ def fault_of(uri: str) -> str:
     except Exception as error:  # an address that is none, or a driver that is not there
         return f"{scheme}: {error}"
     return ""
+
+
+def missing_packages() -> str:
+    """What has to be installed before a task can be an MLflow model, in a sentence without its end; or nothing."""
+    missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if find_spec(name) is None]
+    return f"{', '.join(missing)} not found; install the extra: `pip install 'clnp-search[onnx]'`" if missing else ""

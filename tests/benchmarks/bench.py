@@ -247,7 +247,7 @@ def peers(options: Options) -> Iterator[Row]:
             "search": {"alpha": ALPHAS[: max(1, num_points // 3)], "learning_rate": LEARNING_RATES[-num_points:]},
             "resources": {"cpu": CORES},
             "storage": folder,
-            "tracking": {"uri": f"sqlite:///{folder}/mlflow.db"},
+            "tracking": {"uri": f"sqlite:///{folder}/mlflow.db", "models": False},
         }
         path = Path(folder, "sweep.yaml")
         path.write_text(json.dumps(sweep))  # JSON is YAML

@@ -249,8 +249,8 @@ def test_a_storage_that_stands_still_for_30_s(cli: Cli, digest: str, store: Obje
 def assert_all_in_mlflow(folder: RunFolder, uri: str, tmp_path: Path) -> None:
     """MLflow has what a run folder holds, everything once: what a new store is given at once."""
     sweep = sweep_of(folder)
-    there = sweep.model_copy(update={"tracking": TrackingConfig(uri=uri)})
-    fresh = sweep.model_copy(update={"tracking": TrackingConfig(uri=f"sqlite:///{tmp_path}/fresh.db")})
+    there = sweep.model_copy(update={"tracking": TrackingConfig(uri=uri, models=False)})
+    fresh = sweep.model_copy(update={"tracking": TrackingConfig(uri=f"sqlite:///{tmp_path}/fresh.db", models=False)})
     found = snapshot(there)
     kept = folder.read_tracking()
     MlflowTracker(folder, fresh).sync()

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import socket
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from browser import Grid, page
 from builders import make_sweep, write_run
 from mlflow import MlflowClient
 from mlflow_content import runs_of, snapshot
+from mlflow_store import WRITES, Killed, at, free_port, kill_at, server, unexpected
 
 from clnp_search.cli.publisher import Publisher
 from clnp_search.clnp.subnetwork import Subnetwork
-from clnp_search.config import Sweep, TrackingConfig
+from clnp_search.config import Sweep
 from clnp_search.records import summarise
 from clnp_search.report.figures import draw_run
 from clnp_search.storage import RunFolder, run_folder
@@ -71,41 +67,6 @@ def finished(folder: RunFolder, sweep: Sweep) -> RunFolder:
     assert summary is not None
     draw_run(folder, summary)
     return folder
-
-
-def at(sweep: Sweep, uri: str) -> Sweep:
-    return sweep.model_copy(update={"tracking": TrackingConfig(uri=uri)})
-
-
-@contextmanager
-def server(database: str, folder: Path, port: int) -> Iterator[str]:
-    """A tracking server on this machine; gives its address once it answers."""
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", database, "--workers", "1"]
-    command += ["--artifacts-destination", str(folder / "served"), "--host", "127.0.0.1", "--port", str(port)]
-    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    uri = f"http://127.0.0.1:{port}"
-    with open(folder / "server.log", "wb") as log:
-        process = subprocess.Popen(
-            command, env=environment, cwd=folder, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        try:
-            for _ in range(600):
-                try:
-                    urllib.request.urlopen(f"{uri}/health", timeout=1).close()
-                    break
-                except OSError:
-                    with pytest.raises(subprocess.TimeoutExpired):  # it is still running
-                        process.wait(0.2)
-            yield uri
-        finally:
-            os.killpg(process.pid, signal.SIGTERM)  # it and its worker, nothing else
-            process.wait(60)
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def test_three_levels_hang_together_by_parent_tags(finished: RunFolder, sweep: Sweep) -> None:
@@ -290,44 +251,6 @@ def test_another_store_gets_everything(finished: RunFolder, sweep: Sweep) -> Non
     other = sweep.model_copy(update={"name": f"{sweep.name}-other"})
     MlflowTracker(finished, other).sync()
     assert snapshot(other) == snapshot(sweep)
-
-
-WRITES = (
-    "create_experiment",
-    "set_experiment_tag",
-    "create_run",
-    "log_batch",
-    "log_artifacts",
-    "set_terminated",
-    "update_run",
-)
-
-
-class Killed(BaseException):
-    """Stands for the end of the process."""
-
-
-def unexpected(*args: Any, **kwargs: Any) -> None:
-    raise AssertionError("nothing was left to write")
-
-
-def kill_at(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
-    """Lets the process end at a write to MLflow that is done but not yet answered."""
-    left = call
-
-    def killing(method: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            nonlocal left
-            answer = method(*args, **kwargs)
-            left -= 1
-            if left == 0:
-                raise Killed
-            return answer
-
-        return wrapped
-
-    for name in WRITES:
-        monkeypatch.setattr(MlflowClient, name, killing(getattr(MlflowClient, name)))
 
 
 def test_every_metric_is_logged_once_wherever_the_process_is_killed(
