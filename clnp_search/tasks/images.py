@@ -31,8 +31,11 @@ T = TypeVar("T")
 Opened = Callable[[], io.BytesIO | Path]
 SPLITS = ("train", "test")
 MAX_ENTRY_BYTES = 256 << 20
+MAX_BYTES = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2  # of all images together
 PROGRESS_AFTER_S, PROGRESS_EVERY_S = 2.0, 10.0
 GREY_MODES = ("1", "L", "LA", "La")
+# Decoded by Pillow alone; for others, such as EPS, it starts programs.
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # more than 8 bits a value
 
 
@@ -140,6 +143,13 @@ def _decode(
             image, labels[index] = result
             if pixels is None:
                 first = sample.place
+                if (num_bytes := len(samples) * image.size) > MAX_BYTES:
+                    pool.shutdown(cancel_futures=True)
+                    faults.append(
+                        f"{first}: {len(samples)} images of its size take {num_bytes} bytes, more than half of "
+                        f"this machine's memory, {MAX_BYTES}; set a smaller scenario.size: [height, width]"
+                    )
+                    break
                 pixels = np.empty((len(samples), *image.shape), np.uint8)
             if image.shape[1:] != pixels.shape[2:]:
                 (height, width), (rows, columns) = image.shape[1:], pixels.shape[2:]
@@ -177,7 +187,7 @@ def _pixels(sample: Sample, size: tuple[int, int] | None) -> tuple[NDArray[np.ui
 def _open_image(open_file: Opened, label: int) -> tuple[Image, int]:
     from PIL import Image
 
-    return Image.open(open_file()), label
+    return Image.open(open_file(), formats=FORMATS), label
 
 
 def _item(part: Any, index: int) -> tuple[Image, int]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from clnp_search.errors import InputError
 from clnp_search.importing import described, imported
@@ -80,13 +81,20 @@ def _faults(index: int, task: OwnTask, first: OwnTask) -> Iterator[str]:
     if missing := [name for name in needed if not hasattr(task, name)]:
         yield f"{where}: a {type(task).__name__} without {', '.join(missing)}; a task has {', '.join(needed)}"
         return
-    arrays = {name: np.asarray(getattr(task, name)) for name in ARRAYS}
-    shape = np.asarray(first.train_inputs).shape[1:] if hasattr(first, "train_inputs") else ()
+    arrays: dict[str, NDArray[Any]] = {}
+    for name in ARRAYS:
+        try:
+            arrays[name] = np.asarray(getattr(task, name))
+        except Exception as error:  # rows of unequal lengths, tensors of a GPU: numpy and torch raise many kinds
+            yield f"{where}: {name} is no array: {error}"
+    if len(arrays) < len(ARRAYS):
+        return
+    shape = getattr(first.train_inputs, "shape", ())[1:] if hasattr(first, "train_inputs") else ()
     for name in ("train_inputs", "test_inputs"):
         array = arrays[name]
         if array.dtype != np.uint8:
             yield f"{where}: {name} is {array.dtype}; allowed: uint8, raw values 0 to 255"
-        if not 2 <= array.ndim <= 4:
+        if not 2 <= array.ndim <= 4 or 0 in array.shape[1:]:
             yield f"{where}: {name} has shape {array.shape}; allowed: [N, C, H, W], [N, H, W] or [N, values]"
         elif array.shape[1:] != shape:
             yield f"{where}: {name} has samples of shape {array.shape[1:]}, task 0 trains on {shape}"
@@ -94,5 +102,8 @@ def _faults(index: int, task: OwnTask, first: OwnTask) -> Iterator[str]:
         inputs, labels = arrays[f"{split}_inputs"], arrays[f"{split}_labels"]
         if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
             yield f"{where}: {split}_labels is {labels.dtype} of shape {labels.shape}; allowed: integers [N]"
-        elif not len(labels) or len(labels) != len(inputs):
+        elif inputs.ndim and not len(labels) == len(inputs) > 0:
             yield f"{where}: {len(labels)} {split}_labels for {len(inputs)} {split}_inputs"
+    classes, most = task.num_classes, arrays["train_labels"].size
+    if isinstance(classes, bool) or not isinstance(classes, int | np.integer) or not 1 <= classes <= most:
+        yield f"{where}: num_classes is {classes!r:.80}; allowed: 1 to {most}, for each class has training samples"
