@@ -12,7 +12,7 @@ from functools import partial
 
 from clnp_search import selection
 from clnp_search.config import ForgettingConfig, Sweep
-from clnp_search.errors import InputError
+from clnp_search.errors import Damaged, InputError
 from clnp_search.forecast import Budget
 from clnp_search.records import PointRecord, ScanRecord, Selection, TaskPlan, Units
 from clnp_search.search.points import point_key, retrained, round_plan
@@ -95,7 +95,7 @@ def recorded_choice(folder: RunFolder, plan: TaskPlan, rules: ForgettingConfig) 
     """The records and scans of a task that has chosen, and the choice as it follows from them.
 
     Raises:
-        RuntimeError: A record or a scan is missing or is of something else, or `selection.json` says another choice.
+        Damaged: A record or a scan is missing or is of something else, or `selection.json` says another choice.
     """
     records = last = _recorded(folder, plan)
     results = folder.read_results()
@@ -121,7 +121,7 @@ def recorded_best(folder: RunFolder, plan: TaskPlan) -> Chosen:
     """The records of a baseline's task that has chosen, and the choice as it follows from them.
 
     Raises:
-        RuntimeError: As `recorded_choice`.
+        Damaged: As `recorded_choice`.
     """
     records = _recorded(folder, plan)
     return _chosen(folder, plan.task, records, [], selection.best_mean(records), records)
@@ -141,7 +141,7 @@ def _chosen(
         last: Of the points as they were trained last.
     """
     if folder.read_selection(task) is None:
-        raise RuntimeError(f"{folder.uri}: task {task}: selection.json is missing")
+        raise Damaged(f"{folder.uri}: task {task}: selection.json is missing")
     check_selection(folder, task, choice)
     return Chosen(records, scans, choice, next(record for record in last if record.point.index == choice.chosen))
 
@@ -154,7 +154,7 @@ def _recorded(folder: RunFolder, plan: TaskPlan) -> list[PointRecord]:
         record = folder.read_point(plan.task, name)
         if record is None or (record.key, record.point) != (plan.keys[point.index], point):
             what = "of another point" if record else "missing"
-            raise RuntimeError(f"{folder.uri}: task {plan.task}: the record of {name} is {what}")
+            raise Damaged(f"{folder.uri}: task {plan.task}: the record of {name} is {what}")
         records.append(record)
     return records
 
@@ -169,7 +169,7 @@ def _recorded_scans(
         if scan is None or not scan.is_of(record, rule, limit):
             what = "of other parameters or another rule" if scan else "missing"
             name = record.point.name_in(plan.round)
-            raise RuntimeError(f"{folder.uri}: task {plan.task}: the scan of {name} is {what}")
+            raise Damaged(f"{folder.uri}: task {plan.task}: the scan of {name} is {what}")
         scans.append(scan)
     return scans
 
@@ -178,11 +178,11 @@ def check_selection(folder: RunFolder, task: int, choice: Selection) -> None:
     """Holds a task's recorded choice, if there is one, against the one that follows from its records and scans.
 
     Raises:
-        RuntimeError: They differ, in more than the wording of their reasons.
+        Damaged: They differ, in more than the wording of their reasons.
     """
     recorded = folder.read_selection(task)
     if recorded is not None and replace(recorded, reasons=choice.reasons) != choice:
-        raise RuntimeError(
+        raise Damaged(
             f"{folder.uri}: task {task}: selection.json, which keeps point {recorded.chosen}, does not follow from "
             f"the task's records and scans, by which it is point {choice.chosen}"
         )

@@ -9,6 +9,7 @@ import difflib
 import io
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -30,11 +31,10 @@ from pydantic import (
     model_validator,
 )
 from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
 from clnp_search.errors import InputError
 from clnp_search.importing import IMPORT_PATH, described, imported
-from clnp_search.storage import NAME_PATTERN, RunFolder, join_uri
+from clnp_search.storage import MAX_SWEEP_BYTES, NAME_PATTERN, RunFolder, join_uri
 from clnp_search.tasks import SCENARIOS, Kind, Scenario, Wanted, kind_of
 
 if TYPE_CHECKING:
@@ -877,6 +877,11 @@ SEARCHED_BY = {
     "optuna": ("algorithm", "points", "batch", "sampler", "objectives"),
 }
 DRAWN_POINTS = 24
+# Of a sweep file: values, keys and lists among them, and how deep these may be nested. So few aliases repeat a value at
+# most 60,000 times, however they are nested.
+MAX_VALUES, MAX_DEPTH, MAX_ALIASES = 100_000, 32, 30
+UNWRITABLE = re.compile("[\0\ud800-\udfff]")
+ALIAS = re.compile(r"""(?:^|[\s\[{,:])\*[^\s\]},"']""")
 AUTO_MARGINS = (0.0, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05)
 # What is tried by default of the baselines that have a strength.
 STRENGTHS = {"ewc": (100.0, 1000.0, 10000.0), "si": (0.1, 1.0, 10.0), "packnet": (0.5, 0.75)}
@@ -891,9 +896,13 @@ def load_sweep(path: Path, overrides: list[str] | None = None) -> Sweep:
         InputError: The file cannot be read or has faults; names each with its key, its value and what is allowed.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        with path.open("rb") as stream:
+            data = stream.read(MAX_SWEEP_BYTES + 1)
+        text = data.decode()
+    except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
+    if len(data) > MAX_SWEEP_BYTES:
+        raise InputError(f"{path}: a sweep file has at most {MAX_SWEEP_BYTES} bytes; this one has more")
     raw = _parse_yaml(text, str(path))
     if not isinstance(raw, dict):
         raise InputError(f"{path}: a sweep file holds keys such as scenario and network; this one holds {raw!r:.80}")
@@ -910,8 +919,8 @@ def parse_sweep(raw: dict[str, Any], source: str) -> Sweep:
     Raises:
         InputError: As `load_sweep`.
     """
+    raw, sweep = _plain(raw, source), None
     faults: list[str] = []
-    sweep = None
     try:
         sweep = Sweep.model_validate(raw)
     except ValidationError as error:
@@ -936,7 +945,7 @@ def network_state(folder: RunFolder, sweep: Sweep, task: int) -> State:
 
     Raises:
         InputError: It is not committed.
-        ValueError: As `RunFolder.read_state`.
+        Damaged: As `RunFolder.read_state`.
     """
     alone = sweep.baseline is not None and sweep.baseline.ALONE
     return folder.read_state(task if alone else len(folder.read_results()) - 1)
@@ -954,12 +963,56 @@ def sweep_of(folder: RunFolder) -> Sweep:
 
 
 def _parse_yaml(text: str, source: str) -> Any:
-    if "&" in text and "*" in text and text.count("*") > 1000:
-        raise InputError(f"{source}: too many YAML aliases")
+    if "&" in text and len(ALIAS.findall(text)) > MAX_ALIASES:
+        raise InputError(f"{source}: more than {MAX_ALIASES} YAML aliases")
     try:
         return YAML(typ="safe", pure=True).load(text)
-    except (YAMLError, RecursionError, ValueError) as error:
+    except Exception as error:  # of a text that is no YAML, the parser raises many kinds
         raise InputError(f"{source}: not a YAML file: {error}") from error
+
+
+def _plain(raw: Any, source: str) -> Any:
+    """A copy of what a file or a script gave, of such values alone as JSON has too, and with text for keys.
+
+    What YAML's aliases repeat is counted as often as it is repeated.
+
+    Raises:
+        InputError: There are other values in it, or too many.
+    """
+    left, faults = MAX_VALUES, list[str]()
+
+    def plain(value: Any, key: str, depth: int) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0 or depth > MAX_DEPTH:
+            raise InputError(f"{source}: {key:.80}: more than {MAX_VALUES} values, or nested {MAX_DEPTH} deep")
+        if isinstance(value, Mapping):
+            below = f"{key}." if key else ""
+            faults.extend(f"{key}: a key of it is {_not_plain(name)}" for name in value if _not_plain(name))
+            names = {name: str(name) for name in value if not _not_plain(name)}
+            return {name: plain(value[each], f"{below}{name}", depth + 1) for each, name in names.items()}
+        if isinstance(value, list | tuple):
+            return [plain(each, f"{key}[{index}]", depth + 1) for index, each in enumerate(value)]
+        if what := _not_plain(value):
+            faults.append(f"{key}: {what}")
+        return value
+
+    copy = plain(raw, "", 0)
+    if faults:
+        listed = "\n".join(f"  {fault}" for fault in faults)
+        raise InputError(f"{source}: {len(faults)} fault(s)\n{listed}")
+    return copy
+
+
+def _not_plain(value: Any) -> str:
+    """What a value is that JSON and YAML do not give back as it was written, and what is allowed; else nothing."""
+    if isinstance(value, str):
+        return f"{value!a:.80}: not text in UTF-8" if UNWRITABLE.search(value) else ""
+    if isinstance(value, int):
+        return "" if -(2**63) <= value < 2**64 else "a whole number; allowed: of up to 64 bits"
+    if value is None or (isinstance(value, float) and math.isfinite(value)):
+        return ""
+    return f"{value!a:.80}: allowed: text, numbers, true, false, null, and lists and mappings of these"
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:

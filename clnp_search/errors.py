@@ -11,5 +11,9 @@ class MachineFault(Exception):  # noqa: N818 - not what the user asked for, nor 
     """What a run needs failed: a disk, memory, a GPU, a process. It can be resumed. Exit status 1."""
 
 
+class Damaged(RuntimeError):  # noqa: N818 - it says what is the case
+    """A file of a run is not as it was written: cut short, changed, swapped, made by somebody else. Exit status 1."""
+
+
 class Interrupted(Exception):  # noqa: N818 - it says what is the case
     """The run was stopped on request and can be resumed. Exit status 3."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from clnp_search.config import Sweep, sweep_of
-from clnp_search.errors import InputError
+from clnp_search.errors import Damaged, InputError
 from clnp_search.records import Holder, RunStatus, Summary, summarise
 from clnp_search.storage import RunFolder, join_uri
 
@@ -135,5 +135,5 @@ def runs_under(storage: str) -> Iterator[tuple[RunFolder, Progress | None]]:
         if folder.exists("sweep.yaml"):
             try:
                 yield folder, progress_of(folder)
-            except (InputError, RuntimeError, ValueError):
+            except (InputError, Damaged):
                 yield folder, None

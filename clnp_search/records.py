@@ -1,6 +1,7 @@
 """Frozen values that cross folders: points, plans, trained points, curves, selections, task results.
 
-Plain data only: no tensors, no files, no live objects. Everything here can be written as JSON and read back.
+Plain data only: no tensors, no files, no live objects. Everything here can be written as JSON and read back. What
+could not have come about is refused where it is made, so that nothing has to expect it: `ValueError`.
 """
 
 from __future__ import annotations
@@ -84,6 +85,13 @@ class TaskPlan:
     numerics: int = 0
     num_tasks: int = 0
     started: float = 0.0
+
+    def __post_init__(self) -> None:
+        indices = [index for pack in self.packs for index in pack]
+        _require(self.task >= 0 and self.round >= 0, "a task or a round below 0")
+        _require([point.index for point in self.points] == [*range(len(self.points))], "points out of order")
+        _require(len(self.keys) == len(self.points), "not a key for each point")
+        _require(len({*indices}) == len(indices) and {*indices} <= {*range(len(self.points))}, "packs of other points")
 
     @property
     def trained(self) -> tuple[Point, ...]:
@@ -197,6 +205,10 @@ class PointRecord:
     origin: str = ""
     val_accuracies: tuple[float, ...] = ()
 
+    def __post_init__(self) -> None:
+        _require(0 <= self.val_correct <= self.val_total, "more right samples than there are")
+        _require(self.point.index >= 0 and self.round >= 0, "a point or a round below 0")
+
     @property
     def val_accuracy(self) -> float:
         """Validation accuracy before pruning, as a fraction; of a baseline the mean over tasks."""
@@ -251,6 +263,15 @@ class ScanRecord:
     key: str = ""
     parameters_sha256: str = ""
     round: int = 0
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.val_correct <= self.val_total and self.val_total > 0, "more right samples than there are")
+        sizes = {len(self.active), len(self.totals), *([] if self.theta is None else [len(self.theta)])}
+        _require(len(sizes) == 1 and bool(self.totals), "not a threshold and a number of units for each group")
+        _require(
+            all(0 <= active <= total and total for active, total in zip(self.active, self.totals, strict=True)),
+            "more active units than there are",
+        )
 
     def is_of(self, record: PointRecord, rule: str, min_correct: int) -> bool:
         """Whether this is the scan of that record's parameters, by that rule and limit."""
@@ -346,6 +367,9 @@ class TaskResult:
     accuracy_before: float | None = None
     accuracy_untrained: float | None = None
 
+    def __post_init__(self) -> None:
+        _require(len(self.test_accuracies) == self.index + 1, "not a test accuracy for each task so far")
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -368,6 +392,9 @@ class Summary:
     tasks: tuple[TaskResult, ...]
     reason: str = ""
     forward_transfer: float | None = None
+
+    def __post_init__(self) -> None:
+        _require([task.index for task in self.tasks] == [*range(len(self.tasks))], "tasks out of order")
 
 
 def summarise(name: str, status: RunStatus, seed: int, state_digest: str, tasks: tuple[TaskResult, ...]) -> Summary:
@@ -399,3 +426,8 @@ def summarise(name: str, status: RunStatus, seed: int, state_digest: str, tasks:
         tasks=tasks,
         forward_transfer=sum(ahead) / len(ahead) if ahead else None,
     )
+
+
+def _require(holds: bool, what: str) -> None:
+    if not holds:
+        raise ValueError(what)

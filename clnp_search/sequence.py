@@ -31,7 +31,7 @@ from clnp_search.clnp.seeds import generator
 from clnp_search.clnp.state import FREE, Architecture, Parameters, State, commit
 from clnp_search.clnp.subnetwork import Subnetwork, subnetworks
 from clnp_search.config import Sweep
-from clnp_search.errors import InputError, MachineFault
+from clnp_search.errors import Damaged, InputError, MachineFault
 from clnp_search.forecast import Budget
 from clnp_search.listener import Listener
 from clnp_search.pareto import pareto_front
@@ -266,7 +266,11 @@ class Runner:
                 for listener in self._listeners:
                     listener.committed(summary, time.perf_counter() - started)
         except Exception as error:
-            reason = str(error) if isinstance(error, MachineFault | InputError) else f"{type(error).__name__}: {error}"
+            reason = (
+                str(error)
+                if isinstance(error, Damaged | MachineFault | InputError)
+                else f"{type(error).__name__}: {error}"
+            )
             with suppress(OSError):  # the storage may be what failed
                 self._folder.write_summary(replace(self._summary("failed", results, state), reason=reason))
             raise
@@ -289,7 +293,7 @@ class Runner:
             plans.append(self._sequence.read_plan(folder, index, parent))
         *committed, begun = plans
         if None in committed:
-            raise RuntimeError(f"{folder.uri}: task {committed.index(None)}: plan.json is missing")
+            raise Damaged(f"{folder.uri}: task {committed.index(None)}: plan.json is missing")
         if begun is not None and begun.numerics != NUMERICS:
             raise InputError(
                 f"{folder.uri}: task {begun.task} was begun by clnp-search {begun.environment.clnp_search}, whose "
@@ -409,7 +413,7 @@ class Runner:
         if fork := self._folder.read_fork():
             try:
                 take_over(self._folder, RunFolder(fork.origin), plan)
-            except (OSError, RuntimeError, ValueError) as error:
+            except (OSError, RuntimeError) as error:
                 logger.warning("task %d: not all points can be taken over: %s", plan.task, error)
         self._folder.write_plan(plan)
         return plan

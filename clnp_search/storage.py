@@ -5,7 +5,8 @@ not at all, and is written once, but for `summary.json`, `mlflow.json`, `lease.j
 replaced, and for `plan.json` and `study.log` of a task whose points Optuna proposes, which grow.
 
 What is read back is what was written: a record ends with the SHA-256 of all before it, and carries that of the
-tensors that it stands for. A file that does not agree is refused by name.
+tensors that it stands for. A file that does not agree is refused by name. So is one that only somebody else can have
+made: a size that nothing of a run has is refused before it is read, and so is what leads out of the folder.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import pyarrow.fs
 from pydantic import TypeAdapter
 
-from clnp_search.errors import InputError
+from clnp_search.errors import Damaged, InputError
 from clnp_search.records import (
     CurveStep,
     Fork,
@@ -48,6 +49,11 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 SHA256_BYTES = hashlib.sha256().digest_size
+# Far above what is written, and little enough to be parsed in any memory.
+MAX_SWEEP_BYTES = 256 << 10
+MAX_RECORD_BYTES = 64 << 20
+# Of a file of tensors: half of this machine's memory, which holds the file and what is made of it.
+MAX_BYTES = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 class RunFolder:
@@ -83,7 +89,7 @@ class RunFolder:
     @property
     def ray_folder(self) -> tuple[str, pyarrow.fs.FileSystem]:
         """Where Ray Tune keeps its experiments."""
-        return f"{self._root}/ray", self._filesystem
+        return self._at("ray"), self._filesystem
 
     def require_writable(self) -> None:
         """Nothing, if files can be put here.
@@ -124,13 +130,19 @@ class RunFolder:
             infos = self._filesystem.get_file_info(pyarrow.fs.FileSelector(self._root, allow_not_found=True))
         return tuple(sorted(info.base_name for info in infos if info.type == pyarrow.fs.FileType.Directory))
 
-    def read(self, path: str) -> bytes:
+    def read(self, path: str, at_most: int = MAX_BYTES) -> bytes:
         """A file's bytes.
 
         Raises:
             FileNotFoundError: It is not there.
+            Damaged: It has more bytes than `at_most`, or is something else than a file.
         """
-        with self._filesystem.open_input_file(self._at(path)) as stream:
+        place = self._at(path)
+        if self.local_path is not None and os.path.lexists(place) and not os.path.isfile(place):
+            raise Damaged(f"{join_uri(self.uri, path)}: is no file")  # to open a pipe, one would wait for its writer
+        with self._filesystem.open_input_file(place) as stream:
+            if stream.size() > at_most:
+                raise Damaged(f"{join_uri(self.uri, path)}: {stream.size()} bytes; at most {at_most} are read")
             return stream.read()
 
     def write(self, path: str, data: bytes) -> None:
@@ -160,8 +172,14 @@ class RunFolder:
     # The run
 
     def write_sweep(self, text: str) -> None:
-        """Records the resolved sweep, as YAML."""
-        self.write("sweep.yaml", text.encode())
+        """Records the resolved sweep, as YAML.
+
+        Raises:
+            InputError: It is longer than any that is read.
+        """
+        if len(data := text.encode()) > MAX_SWEEP_BYTES:
+            raise InputError(f"{self.uri}: a sweep of {len(data)} bytes; allowed: up to {MAX_SWEEP_BYTES}")
+        self.write("sweep.yaml", data)
 
     def read_sweep(self) -> str:
         """The run's resolved sweep, as YAML.
@@ -170,7 +188,7 @@ class RunFolder:
             InputError: This is no run folder, or the file is no text.
         """
         try:
-            return self.read("sweep.yaml").decode()
+            return self.read("sweep.yaml", MAX_SWEEP_BYTES).decode()
         except UnicodeDecodeError as error:
             raise InputError(f"{join_uri(self.uri, 'sweep.yaml')}: {error}") from error
         except FileNotFoundError:
@@ -206,7 +224,7 @@ class RunFolder:
         """Who drives the run, or did when it crashed; nobody, if the machine went down while it was written."""
         try:
             return self._read_record("lease.json", Holder)
-        except RuntimeError:
+        except Damaged:
             return None
 
     def delete_lease(self) -> None:
@@ -215,7 +233,12 @@ class RunFolder:
 
     def read_tracking(self) -> dict[str, Any]:
         """What was written to MLflow so far."""
-        return json.loads(self.read("mlflow.json")) if self.exists("mlflow.json") else {}
+        if not self.exists("mlflow.json"):
+            return {}
+        try:
+            return _adapter(dict[str, Any]).validate_json(self.read("mlflow.json", MAX_RECORD_BYTES))
+        except ValueError as error:
+            raise Damaged(f"{join_uri(self.uri, 'mlflow.json')}: damaged: {error}") from error
 
     def write_tracking(self, entries: dict[str, Any]) -> None:
         """Records what was written to MLflow."""
@@ -289,7 +312,7 @@ class RunFolder:
         """The parameters that a point's record stands for.
 
         Raises:
-            ValueError: The file is missing or damaged, or holds other parameters.
+            Damaged: The file is missing or damaged, or holds other parameters.
         """
         from clnp_search.clnp.state import FreeParameters
 
@@ -375,7 +398,7 @@ class RunFolder:
 
         Raises:
             InputError: The task is not committed.
-            ValueError: The file is missing or damaged, or holds another state than the task's result says.
+            Damaged: The file is missing or damaged, or holds another state than the task's result says.
         """
         from clnp_search.clnp.state import State
 
@@ -396,7 +419,18 @@ class RunFolder:
         return tuple(results)
 
     def _at(self, path: str) -> str:
-        return f"{self._root}/{path}" if path else self._root
+        """A file's place on its filesystem.
+
+        Raises:
+            Damaged: It is outside of this folder, by its name or by a link.
+        """
+        place = f"{self._root}/{path}" if path else self._root
+        inside = ".." not in path.split("/")
+        if inside and path and self.local_path is not None:
+            inside = Path(os.path.realpath(place)).is_relative_to(os.path.realpath(self._root))
+        if not inside:
+            raise Damaged(f"{join_uri(self.uri, path)}: leads out of the run folder")
+        return place
 
     def _list(self, path: str, recursive: bool = False) -> tuple[str, ...]:
         """Paths of the files in a folder, sorted; none if the folder is not there."""
@@ -406,28 +440,32 @@ class RunFolder:
         return tuple(f"{path}/{name}" for name in sorted(names))
 
     def _read_tensors(self, path: str, sha256: str, parse: Callable[[bytes], T]) -> T:
+        where = join_uri(self.uri, path)
         try:
             data = self.read(path)
         except FileNotFoundError:
-            raise ValueError(f"{join_uri(self.uri, path)}: missing") from None
+            raise Damaged(f"{where}: missing") from None
         if hashlib.sha256(data).hexdigest() != sha256:
-            raise ValueError(f"{join_uri(self.uri, path)}: damaged, or not the file that its record was written for")
+            raise Damaged(f"{where}: damaged, or not the file that its record was written for")
         try:
             return parse(data)
         except Exception as error:  # of a faulty file, any; a file of this version has none
-            raise ValueError(f"{join_uri(self.uri, path)}: {error}") from error
+            raise Damaged(f"{where}: {error}") from error
 
     def _read_record(self, path: str, kind: type[T]) -> T | None:
         try:
-            data = self.read(path)
+            data = self.read(path, MAX_RECORD_BYTES)
         except FileNotFoundError:
             return None
         try:
-            return _adapter(kind).validate_json(_checked(data))  # type: ignore[arg-type]  # classes are hashable
+            record: T = _adapter(kind).validate_json(_checked(data))  # type: ignore[arg-type]  # classes are hashable
         except ValueError as error:
-            raise RuntimeError(
+            raise Damaged(
                 f"{join_uri(self.uri, path)}: damaged, changed by hand, or written by another version: {error}"
             ) from error
+        if (own := _place_of(record, path)) != path:
+            raise Damaged(f"{join_uri(self.uri, path)}: this is {own}, put in another place")
+        return record
 
 
 def open_run(run: str, storage: str = "runs/") -> RunFolder:
@@ -500,6 +538,21 @@ def _task(task: int) -> str:
 def _scan(task: int, point: int, rule: str, min_correct: int, round: int) -> str:
     after = f"-round{round}" if round else ""
     return f"{_task(task)}/scans/{point:03d}-{rule}-{min_correct}{after}.json"
+
+
+def _place_of(record: Any, path: str) -> str:
+    """Where a record that was found at `path` belongs, as far as it says so itself."""
+    folder = path.rpartition("/")[0]
+    if isinstance(record, TaskPlan):
+        return f"{_task(record.task)}/plan.json"
+    if isinstance(record, TaskResult):
+        return f"{_task(record.index)}/result.json"
+    if isinstance(record, PointRecord):
+        return f"{folder}/{record.point.name_in(record.round)}.json"
+    if isinstance(record, ScanRecord):
+        asked = _scan(0, record.point, record.rule, record.min_correct, record.round)
+        return f"{folder}/{asked.rpartition('/')[2]}"
+    return path
 
 
 def _figures(task: int | None) -> str:

@@ -14,7 +14,7 @@ from in_process import SWEEP, InProcess, make, run_in_process
 from clnp_search import sequence
 from clnp_search.agreement import check_commit, check_sweep
 from clnp_search.config import Sweep
-from clnp_search.errors import InputError
+from clnp_search.errors import Damaged, InputError
 from clnp_search.records import ScanRecord, Units
 from clnp_search.sequence import Runner, TaskSequence
 from clnp_search.storage import RunFolder, run_folder
@@ -170,7 +170,7 @@ def test_a_state_with_a_changed_weight_is_refused_by_name(copy: RunFolder) -> No
     first = state.tensors["hidden0"]
     copy.write_state(1, replace(state, tensors=state.tensors | {"hidden0": first | {"weight": 3 * first["weight"]}}))
     for longer in (SWEEP, make(scenario={"tasks": 3})):
-        refused(copy, longer, ValueError, r"tasks/001/state.safetensors: damaged, or not the file")
+        refused(copy, longer, Damaged, r"tasks/001/state.safetensors: damaged, or not the file")
 
 
 def test_a_state_of_another_task_is_refused(copy: RunFolder) -> None:
@@ -201,7 +201,7 @@ def test_other_parameters_under_the_chosen_name_are_refused(cut_short: RunFolder
     name = f"p{chosen(cut_short):03d}"
     other = f"p{1 - chosen(cut_short):03d}"
     cut_short.write(f"tasks/001/points/{name}.safetensors", cut_short.read(f"tasks/001/points/{other}.safetensors"))
-    refused(cut_short, SWEEP, ValueError, rf"tasks/001/points/{name}.safetensors: damaged, or not the file")
+    refused(cut_short, SWEEP, Damaged, rf"tasks/001/points/{name}.safetensors: damaged, or not the file")
 
 
 def rewrite_scans(folder: RunFolder, change: Callable[[ScanRecord], ScanRecord]) -> None:

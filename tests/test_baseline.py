@@ -196,7 +196,14 @@ def test_a_joint_run_has_another_key_with_other_earlier_data(tmp_path: Path) -> 
 
 def record_of(index: int, accuracies: tuple[float, ...], strength: float = 1.0, **fields: Any) -> PointRecord:
     point = Point(index, (strength,), 0.01)
-    return make_record(index, round(100 * sum(accuracies)), 100, point=point, val_accuracies=accuracies, **fields)
+    return make_record(
+        index,
+        round(100 * sum(accuracies)),
+        100 * max(1, len(accuracies)),
+        point=point,
+        val_accuracies=accuracies,
+        **fields,
+    )
 
 
 def test_the_choice_is_by_the_mean_over_all_tasks() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from builders import make_network, make_point, make_record, make_scan, make_state, make_trained
 
-from clnp_search.errors import InputError
+from clnp_search.errors import Damaged, InputError
 from clnp_search.records import (
     CurveStep,
     Environment,
@@ -271,7 +271,7 @@ def test_points_of_two_tasks_are_apart(folder: RunFolder) -> None:
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"key": 3}', '{"key": 3,\n "sha256": "0"\n}\n'])
 def test_a_damaged_record_raises_with_its_path(folder: RunFolder, text: str) -> None:
     folder.write("tasks/000/points/p000.json", text.encode())
-    with pytest.raises(RuntimeError, match=r"tasks/000/points/p000.json: damaged"):
+    with pytest.raises(Damaged, match=r"tasks/000/points/p000.json: damaged"):
         folder.read_point(0, "p000")
 
 
@@ -279,10 +279,10 @@ def test_a_record_changed_by_hand_is_refused(folder: RunFolder) -> None:
     folder.write_selection(0, Selection(0.9848, 0.0005, 9843, (0, 2), 2, ()))
     path = path_of(folder, "tasks/000/selection.json")
     path.write_text(path.read_text().replace('"chosen": 2', '"chosen": 0'))
-    with pytest.raises(RuntimeError, match=r"selection.json: damaged, changed by hand"):
+    with pytest.raises(Damaged, match=r"selection.json: damaged, changed by hand"):
         folder.read_selection(0)
     path.write_text(json.dumps(json.loads(path.read_text()), indent=1) + "\n")  # not the same file, whatever it says
-    with pytest.raises(RuntimeError, match=r"selection.json: damaged, changed by hand"):
+    with pytest.raises(Damaged, match=r"selection.json: damaged, changed by hand"):
         folder.read_selection(0)
 
 
@@ -299,17 +299,17 @@ def test_damaged_missing_or_other_parameters_raise_with_their_path(folder: RunFo
     assert record is not None
     for data in (TRAINED.to_bytes()[:-1], make_trained(make_state(SMALL, 0), seed=1).to_bytes()):
         folder.write("tasks/000/points/p000.safetensors", data)
-        with pytest.raises(ValueError, match=r"tasks/000/points/p000.safetensors: damaged, or not the file"):
+        with pytest.raises(Damaged, match=r"tasks/000/points/p000.safetensors: damaged, or not the file"):
             folder.read_trained(0, record)
     folder.delete("tasks/000/points/p000.safetensors")
-    with pytest.raises(ValueError, match=r"tasks/000/points/p000.safetensors: missing"):
+    with pytest.raises(Damaged, match=r"tasks/000/points/p000.safetensors: missing"):
         folder.read_trained(0, record)
 
 
 def test_what_no_parser_takes_raises_with_its_path(folder: RunFolder) -> None:
     folder.write("tasks/000/points/p000.safetensors", b"nothing")
     record = make_record(0, 1, parameters_sha256=hashlib.sha256(b"nothing").hexdigest())
-    with pytest.raises(ValueError, match=r"tasks/000/points/p000.safetensors: not a trained point"):
+    with pytest.raises(Damaged, match=r"tasks/000/points/p000.safetensors: not a trained point"):
         folder.read_trained(0, record)
 
 
@@ -376,10 +376,10 @@ def test_a_state_that_is_not_there_is_a_task_that_is_not_committed(folder: RunFo
 def test_a_damaged_missing_or_other_state_raises_with_its_path(folder: RunFolder) -> None:
     folder.write_result(replace(make_result(0, (0.9,)), state_sha256=folder.write_state(0, make_state(SMALL, 1))))
     folder.write_state(0, make_state(SMALL, 2))
-    with pytest.raises(ValueError, match=r"tasks/000/state.safetensors: damaged, or not the file"):
+    with pytest.raises(Damaged, match=r"tasks/000/state.safetensors: damaged, or not the file"):
         folder.read_state(0)
     folder.delete("tasks/000/state.safetensors")
-    with pytest.raises(ValueError, match=r"tasks/000/state.safetensors: missing"):
+    with pytest.raises(Damaged, match=r"tasks/000/state.safetensors: missing"):
         folder.read_state(0)
 
 

@@ -278,7 +278,6 @@ class State:
             if header["format"] != FORMAT:
                 raise ValueError(f"its format is {header['format']!r}, this version reads {FORMAT!r}")
             graph = Graph.from_json(header["graph"])
-            empty = cls.empty(Architecture(graph, header["head"], header["head_bias"]))
             tasks = tuple(TaskInfo.from_json(entry, tensors, index) for index, entry in enumerate(header["tasks"]))
             memory: dict[str, dict[str, Tensor]] = {}
             for name in tensors:
@@ -286,7 +285,9 @@ class State:
                 if kind == "memory":
                     what, _, path = rest.partition("/")
                     memory.setdefault(what, {})[path] = tensors[name]
-            heads = empty._empty_heads(tasks)
+            with torch.device("meta"):  # of what is only said to be there, no memory is taken
+                empty = cls.empty(Architecture(graph, header["head"], header["head_bias"]))
+                heads = empty._empty_heads(tasks)
             read = replace(empty, tasks=tasks, parent=header["parent"], heads=heads, memory=memory)
             expected = read._tensors()
             for name, tensor in expected.items():
