@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import io
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,6 +30,7 @@ from pydantic import (
     model_validator,
 )
 from ruamel.yaml import YAML
+from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from clnp_search.errors import InputError
 from clnp_search.importing import IMPORT_PATH, described, imported
@@ -789,7 +789,7 @@ class Sweep(_Section):
         stream = io.StringIO()
         writer = YAML()
         writer.default_flow_style = None
-        writer.dump(json.loads(self.model_dump_json()), stream)
+        writer.dump(_quoted(self.model_dump(mode="json")), stream)
         return stream.getvalue()
 
     @property
@@ -880,7 +880,8 @@ DRAWN_POINTS = 24
 # Of a sweep file: values, keys and lists among them, and how deep these may be nested. So few aliases repeat a value at
 # most 60,000 times, however they are nested.
 MAX_VALUES, MAX_DEPTH, MAX_ALIASES = 100_000, 32, 30
-UNWRITABLE = re.compile("[\0\ud800-\udfff]")
+WORD = re.compile(r"[A-Za-z_/][A-Za-z0-9_./-]*")
+UNWRITABLE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff\ud800-\udfff]")
 ALIAS = re.compile(r"""(?:^|[\s\[{,:])\*[^\s\]},"']""")
 AUTO_MARGINS = (0.0, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05)
 # What is tried by default of the baselines that have a strength.
@@ -971,6 +972,15 @@ def _parse_yaml(text: str, source: str) -> Any:
         raise InputError(f"{source}: not a YAML file: {error}") from error
 
 
+def _quoted(value: Any) -> Any:
+    """The same with all text in quotes that is more than a word: the writer does not see all that needs them."""
+    if isinstance(value, Mapping):
+        return {_quoted(name): _quoted(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_quoted(each) for each in value]
+    return DoubleQuotedScalarString(value) if isinstance(value, str) and not WORD.fullmatch(value) else value
+
+
 def _plain(raw: Any, source: str) -> Any:
     """A copy of what a file or a script gave, of such values alone as JSON has too, and with text for keys.
 
@@ -1007,7 +1017,7 @@ def _plain(raw: Any, source: str) -> Any:
 def _not_plain(value: Any) -> str:
     """What a value is that JSON and YAML do not give back as it was written, and what is allowed; else nothing."""
     if isinstance(value, str):
-        return f"{value!a:.80}: not text in UTF-8" if UNWRITABLE.search(value) else ""
+        return f"{value!a:.80}: a character of it cannot be printed" if UNWRITABLE.search(value) else ""
     if isinstance(value, int):
         return "" if -(2**63) <= value < 2**64 else "a whole number; allowed: of up to 64 bits"
     if value is None or (isinstance(value, float) and math.isfinite(value)):

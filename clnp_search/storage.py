@@ -233,10 +233,10 @@ class RunFolder:
 
     def read_tracking(self) -> dict[str, Any]:
         """What was written to MLflow so far."""
-        if not self.exists("mlflow.json"):
-            return {}
         try:
             return _adapter(dict[str, Any]).validate_json(self.read("mlflow.json", MAX_RECORD_BYTES))
+        except FileNotFoundError:
+            return {}
         except ValueError as error:
             raise Damaged(f"{join_uri(self.uri, 'mlflow.json')}: damaged: {error}") from error
 
