@@ -12,10 +12,12 @@ import os
 import socket
 import sys
 import traceback
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from importlib import metadata
 from typing import TYPE_CHECKING, Any, TypeVar
 
 # Before ray is imported: no usage data, no second `uv run` around every worker, no progress printing of its own, one
@@ -36,10 +38,12 @@ os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
 os.environ.setdefault("RAY_num_workers_soft_limit", str(2 * (os.cpu_count() or 1)))
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from clnp_search.errors import InputError, MachineFault
 from clnp_search.search.capacity import MEMORY_SHARE, Node, capacity_of
 from clnp_search.search.retries import cause_of, pause, tried
+from clnp_search.storage import RunFolder
 
 if TYPE_CHECKING:
     from clnp_search.config import ResourcesConfig
@@ -54,6 +58,7 @@ TRIAL_ENVIRONMENT = {
 }
 START_ATTEMPTS = 4
 PROBE_S = 5.0
+NODE_S = 60.0
 T = TypeVar("T")
 
 
@@ -64,9 +69,8 @@ class Cluster:
         self.resources = resources
         # A process that has used one GPU cannot be given another.
         self._options = {"num_cpus": resources.cpu, "num_gpus": resources.gpu, "max_calls": 1 if resources.gpu else 0}
-        offers = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        nodes = [Node(offer.get("CPU", 0), offer.get("GPU", 0), int(offer.get("memory", 0))) for offer in offers]
-        self.capacity = capacity_of(resources, nodes)
+        self._alive = [node for node in ray.nodes() if node["Alive"]]
+        self.capacity = capacity_of(resources, [_node(node) for node in self._alive])
 
     @property
     def device(self) -> str:
@@ -87,6 +91,48 @@ class Cluster:
         except ray.exceptions.RayError as error:
             raise MachineFault(f"resources.gpu: Ray offers a GPU that cannot be used: {cause_of(error)}") from error
         return int(whole * min(1.0, self.resources.gpu) * MEMORY_SHARE)
+
+    def require_nodes(self, folder: RunFolder) -> None:
+        """Nothing, if every node that can hold a trial has this program and sees the storage of a run.
+
+        Of data sets nodes need nothing: the driver reads them, and they travel through Ray's object store.
+
+        Raises:
+            InputError: Some do not; names each.
+        """
+        storage, token = RunFolder(folder.storage), f".probe-{uuid.uuid4().hex}"
+        able = [
+            node
+            for node in self._alive
+            if _node(node).cpus >= self.resources.cpu and _node(node).gpus >= self.resources.gpu
+        ]
+        names = {node["NodeID"]: f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})" for node in able}
+        probe = ray.remote(num_cpus=0, max_retries=0)(_probe)
+        try:
+            storage.write(token, b"")
+            asked = {
+                probe.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(
+                    storage.uri, token, f"{token}-{node}", _versions()
+                ): node
+                for node in names
+            }
+            done, late = ray.wait([*asked], num_returns=len(asked), timeout=NODE_S)
+            faults = {asked[each]: f"gave no answer within {NODE_S:g} s" for each in late}
+            for each in done:
+                try:
+                    fault = ray.get(each)
+                except ray.exceptions.RayError as error:
+                    fault = cause_of(error)
+                if not fault and not storage.exists(f"{token}-{asked[each]}"):
+                    fault = "what it writes there is not seen here"
+                if fault:
+                    faults[asked[each]] = fault
+        finally:
+            for name in (token, *(f"{token}-{node}" for node in names)):
+                storage.delete(name)
+        if faults:
+            listed = "".join(f"\n  {names[node]}: {fault}" for node, fault in faults.items())
+            raise InputError(f"{len(faults)} of {len(names)} nodes cannot train with storage {storage.uri}{listed}")
 
     def warm_up(self, num_points: int) -> None:
         """Has processes import torch while the driver does; those that will use a GPU serve one task only."""
@@ -249,6 +295,38 @@ def _scan_task(
     except Exception as error:
         yield cause_of(error)
         sys.exit(1)
+
+
+def _node(node: dict[str, Any]) -> Node:
+    """What a node of Ray's has."""
+    offer = node["Resources"]
+    return Node(offer.get("CPU", 0), offer.get("GPU", 0), int(offer.get("memory", 0)))
+
+
+def _probe(storage: str, token: str, mine: str, versions: dict[str, str]) -> str:
+    """What keeps this node from taking part, in words; else nothing, and a file of its own beside the driver's.
+
+    Args:
+        token: The driver's file.
+    """
+    if different := [f"{name} {here}" for name, here in _versions().items() if here != versions[name]]:
+        return (
+            f"has {', '.join(different)}, the driver {', '.join(f'{name} {each}' for name, each in versions.items())}"
+        )
+    folder = RunFolder(storage)
+    try:
+        folder.read(token)
+        folder.write(mine, b"")
+    except FileNotFoundError:
+        return "what the driver writes there is not seen: not mounted here, or no shared folder"
+    except (OSError, InputError, RuntimeError) as error:
+        return f"cannot be reached: {error}"
+    return ""
+
+
+def _versions() -> dict[str, str]:
+    """Of what results depend on; builds of torch for other devices are the same version."""
+    return {name: metadata.version(name).partition("+")[0] for name in ("clnp-search", "torch")}
 
 
 def _warm_up() -> None:
