@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
@@ -224,14 +225,30 @@ def submit(
     storage: RunStorage = None,
     tracking_uri: TrackingUri = None,
     follow: Annotated[bool, typer.Option("--follow/--detach", help="Show the job's log until it ends.")] = True,
+    requirements: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Have uv install these for the job. Default: what the nodes have."),
+    ] = None,
+    stop: Annotated[
+        bool, typer.Option("--stop", help="Stop the job of this sweep and name; every finished point is kept.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Send the same run to a Ray cluster as a job. Storage and tracking must be reachable from there."""
+    """Send the same run to a Ray cluster as a job. Storage and tracking must be reachable from there.
+
+    Python files in the sweep's module folders go with it, where it names a module of your own; no data do.
+    """
     from clnp_search.config import load_sweep
-    from clnp_search.search.submit import submit_run
+    from clnp_search.search.submit import job_of, submit_run
 
     sweep = located(load_sweep(sweep_file, overrides), storage, tracking_uri)
-    job = submit_run(sweep, sweep.name if name is None else name, address)
+    name = sweep.name if name is None else name
+    if stop:
+        job = job_of(sweep, name, address)
+        status = job.stop()
+        print_json(asdict(job) | {"status": status}) if as_json else out.print(f"{job.submission_id}: {status}")
+        return
+    job = submit_run(sweep, name, address, requirements)
     if not follow:
         print_json(asdict(job)) if as_json else out.print(f"submitted as {job.submission_id} to {job.address}")
         return
@@ -321,6 +338,8 @@ def drive(sweep: Sweep, folder: RunFolder, address: str, retry_failed: bool = Fa
             loading = ThreadPoolExecutor(1).submit(_load, sweep)  # not waited for where it is not needed any more
             with connect(address, sweep.resources, sweep.num_points) as cluster:
                 _handle_signals()  # again, because ray.init puts its own handler of SIGTERM in place
+                if address != "local":
+                    cluster.require_nodes(folder)
                 sequence = loading.result()
                 from clnp_search.baseline import runner_of
 

@@ -63,7 +63,7 @@ def absolute_sqlite(uri: str) -> str:
 
 def run_of(sweep: Sweep, name: str | None) -> tuple[Sweep, RunFolder]:
     """A sweep's run, which may be partly done, and the settings with which it goes on: its own, with the number of
-    tasks, the tracking and the resources that are asked for now.
+    tasks, the tracking, the resources and the places of modules that are asked for now.
 
     Raises:
         InputError: It was begun with other settings, or cannot be stored there.
@@ -82,7 +82,8 @@ def run_of(sweep: Sweep, name: str | None) -> tuple[Sweep, RunFolder]:
                 "Give the new run another name with --name, or resume the old one with `clnp-search resume`."
             )
         scenario = recorded.scenario.model_copy(update={"tasks": sweep.scenario.tasks})
-        update = {"scenario": scenario, "tracking": sweep.tracking, "resources": sweep.resources}
+        places = {"tracking": sweep.tracking, "modules": sweep.modules}
+        update = {"scenario": scenario, "resources": sweep.resources, **places}
         sweep = recorded.model_copy(update=update)
     check_sweep(folder, sweep)
     return sweep, folder

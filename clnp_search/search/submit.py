@@ -5,14 +5,19 @@ from __future__ import annotations
 import hashlib
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from clnp_search.config import Sweep
-from clnp_search.errors import InputError
+from clnp_search.config import ModuleConfig, Sweep
+from clnp_search.errors import InputError, MachineFault
+from clnp_search.search.retries import pause, tried
+from clnp_search.tasks import SCENARIOS, kind_of
 
 POLL_S = 1.0
+MAX_MODULES_BYTES = 16 << 20
+SEND_ATTEMPTS = 6
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,18 @@ class Job:
 
     address: str
     submission_id: str
+
+    def stop(self) -> str:
+        """Interrupts the job, which keeps every finished point, and waits for its end; gives its last status.
+
+        Raises:
+            InputError: There is no such job.
+        """
+        client = _client(self.address)
+        if self.submission_id not in {details.submission_id for details in client.list_jobs()}:
+            raise InputError(f"{self.address}: no job {self.submission_id}: this sweep was not sent there by this name")
+        client.stop_job(self.submission_id)
+        return self.follow(lambda log: None)
 
     def follow(self, show: Callable[[str], None]) -> str:
         """Shows the job's log until it ends; gives its last status: SUCCEEDED, FAILED or STOPPED."""
@@ -41,32 +58,89 @@ class Job:
             time.sleep(POLL_S)
 
 
-def submit_run(sweep: Sweep, name: str, address: str) -> Job:
+def job_of(sweep: Sweep, name: str, address: str) -> Job:
+    """The job that a run is at a job server, whether it was sent there or not."""
+    return Job(address, f"clnp-{name}-{hashlib.sha256(sweep.to_yaml().encode()).hexdigest()[:12]}")
+
+
+def submit_run(sweep: Sweep, name: str, address: str, requirements: Path | None = None) -> Job:
     """Sends a run to a cluster; one that is there already is not sent again.
 
+    With the sweep go the user's own modules, if it names any, and no data.
+
+    Args:
+        requirements: A requirements file, whose packages uv installs for this job beside what the nodes have.
+
     Raises:
-        InputError: No job server answers there, or the `cluster` extra is not installed.
+        InputError: No job server answers there, the `cluster` extra is not installed, or there is too much to send.
+        MachineFault: The server takes no job.
     """
     client = _client(address)
-    text = sweep.to_yaml()
-    job = Job(address, f"clnp-{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}")
+    job = job_of(sweep, name, address)
+    runtime_env: dict[str, Any] = {
+        # An interrupt, and time to act on it: a stopped job keeps every finished point.
+        "env_vars": {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "60"},
+    }
+    if requirements is not None:
+        try:
+            lines = [line.partition(" #")[0].strip() for line in requirements.read_text(encoding="utf-8").splitlines()]
+        except (OSError, ValueError) as error:
+            raise InputError(f"--requirements {requirements}: cannot be read: {error}") from error
+        runtime_env["uv"] = [line for line in lines if line and not line.startswith("#")]
     known = {details.submission_id: details.status for details in client.list_jobs()}
     if job.submission_id in known:
         if not known[job.submission_id].is_terminal() or known[job.submission_id].value == "SUCCEEDED":
             return job
         client.delete_job(job.submission_id)  # it failed or was stopped: the same run goes on from its folder
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "sweep.yaml").write_text(text, encoding="utf-8")
-        client.submit_job(
-            entrypoint=f"python -m clnp_search run sweep.yaml --name {name} --address auto",
-            submission_id=job.submission_id,
-            runtime_env={
-                "working_dir": folder,
-                # An interrupt, and time to act on it: a stopped job keeps every finished point.
-                "env_vars": {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "60"},
-            },
-        )
+        shipped = _ship_modules(sweep, Path(folder))
+        (Path(folder) / "sweep.yaml").write_text(shipped.to_yaml(), encoding="utf-8")
+        for failures in range(1, SEND_ATTEMPTS + 1):
+            try:
+                client.submit_job(
+                    entrypoint=f"python -m clnp_search run sweep.yaml --name {name} --address auto",
+                    submission_id=job.submission_id,
+                    runtime_env={"working_dir": folder, **runtime_env},
+                )
+                break
+            except RuntimeError as error:  # a server that is up answers before its agents, which start jobs, are
+                if failures == SEND_ATTEMPTS:
+                    raise MachineFault(f"{address}: the job is not taken: {error}{tried(failures)}") from error
+                pause(failures)
     return job
+
+
+def _ship_modules(sweep: Sweep, target: Path) -> Sweep:
+    """Copies the Python files of a sweep's module folders, packages included; gives the sweep that looks there first.
+
+    Raises:
+        InputError: They are too large to be nothing but modules.
+    """
+    own = [sweep.scenario.name] if kind_of(sweep.scenario.name) not in SCENARIOS.values() else []
+    own += [sweep.network.module] if isinstance(sweep.network, ModuleConfig) else []
+    if not own:
+        return sweep
+    shipped, num_bytes = [], 0
+    for index, folder in enumerate(sweep.module_folders):
+        shipped.append(f"modules{index}")
+        for path in _modules(folder):
+            num_bytes += path.stat().st_size
+            if num_bytes > MAX_MODULES_BYTES:
+                raise InputError(
+                    f"modules: the Python files in {', '.join(sweep.modules)} have more than {MAX_MODULES_BYTES} "
+                    "bytes; name a folder that holds your modules alone"
+                )
+            copy = target / shipped[-1] / path.relative_to(folder)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(path.read_bytes())
+    return sweep.model_copy(update={"modules": (*shipped, *sweep.modules)})
+
+
+def _modules(folder: Path) -> Iterator[Path]:
+    """The Python files of a folder and of the packages in it."""
+    yield from (path for path in folder.glob("*.py") if path.is_file())
+    for package in folder.glob("*/__init__.py"):
+        yield from _modules(package.parent)
 
 
 def _client(address: str):  # type: ignore[no-untyped-def]
