@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -95,9 +95,9 @@ class RayNodes:
         )
         until_up(self.head, self._log, lambda: urllib.request.urlopen(f"{self.url}/api/jobs/", timeout=5).close())
 
-    def add(self, cpus: int = 1, **environment: str) -> subprocess.Popen[str]:
-        """One more node."""
-        node = self._start(f"--address={self.address}", f"--num-cpus={cpus}", **environment)
+    def add(self, cpus: int = 1, within: Sequence[str] = (), **environment: str) -> subprocess.Popen[str]:
+        """One more node, which a command may start."""
+        node = self._start(f"--address={self.address}", f"--num-cpus={cpus}", within=within, **environment)
         until_up(node, self._log, self._require_newest)
         self.workers.append(node)
         return node
@@ -107,14 +107,14 @@ class RayNodes:
         for node in (*self.workers, self.head):
             end(node)
 
-    def _start(self, *options: str, **environment: str) -> subprocess.Popen[str]:
+    def _start(self, *options: str, within: Sequence[str] = (), **environment: str) -> subprocess.Popen[str]:
         self._num_started += 1
         self._newest = f"127.0.0.{self._num_started}"
         name = f"n{self._num_started}"
         self._log = self._folder / f"{name}.log"
         own = (f"--node-ip-address={self._newest}", f"--temp-dir={self._folder / name}")
         ports = ("--min-worker-port=0", "--max-worker-port=0", f"--dashboard-agent-listen-port={free_port()}")
-        return start(self._log, BIN / "ray", "start", "--block", *own, *ports, *options, **environment)
+        return start(self._log, *within, BIN / "ray", "start", "--block", *own, *ports, *options, **environment)
 
     def _require_newest(self) -> None:
         with urllib.request.urlopen(f"{self.url}/api/v0/nodes?limit=1000", timeout=10) as answer:

@@ -3,54 +3,28 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
+import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from command_line import Cli
+from servers import RayNodes, free_port
 
 pytest.importorskip("ray.job_submission")
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
-def job_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The URL of a head node's job server; the node ends with the test."""
-    dashboard, gcs = free_port(), free_port()
-    environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
-    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
-    command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--num-cpus=2"]
-    command += [f"--port={gcs}", "--node-ip-address=127.0.0.1", f"--dashboard-port={dashboard}"]
-    command += ["--dashboard-host=127.0.0.1", f"--temp-dir={tmp_path_factory.mktemp('r')}"]
-    node = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
-    url = f"http://127.0.0.1:{dashboard}"
-    try:
-        for _ in range(600):
-            try:
-                urllib.request.urlopen(f"{url}/api/jobs/", timeout=5).close()
-                break
-            except (urllib.error.URLError, OSError):
-                assert node.poll() is None, "ray start has ended"
-                time.sleep(0.2)
-        else:
-            pytest.fail("the job server did not come up")
-        yield url
-    finally:
-        node.send_signal(signal.SIGTERM)
-        node.wait(60)
+def job_server() -> Iterator[str]:
+    """The URL of a cluster's job server; its head trains nothing, and a node has two CPUs."""
+    with tempfile.TemporaryDirectory(prefix="clnp-") as name:
+        nodes = RayNodes(Path(name))
+        try:
+            nodes.add(cpus=2)
+            yield nodes.url
+        finally:
+            nodes.end()
 
 
 def test_a_submitted_run_ends_like_a_local_one_and_is_one_job_when_sent_twice(
@@ -66,14 +40,15 @@ def test_a_submitted_run_ends_like_a_local_one_and_is_one_job_when_sent_twice(
 
 
 OWN = """
+from pathlib import Path
 import numpy as np
 from types import SimpleNamespace
 from helping.shapes import SIZE
 
 
-def tasks(path):
-    assert not __import__("os").path.exists("data.bin"), "data are not sent"
-    print("looked for by", path)
+def tasks():
+    assert "modules0" in __file__, __file__
+    assert not (Path(__file__).parent / "data.bin").exists(), "data are not sent"
     chance = np.random.default_rng(0)
     for name in ("one", "two"):
         parts = [(chance.integers(0, 255, (200, *SIZE), np.uint8), np.arange(200) % 2) for _ in range(2)]
@@ -82,7 +57,7 @@ def tasks(path):
                               test_inputs=test, test_labels=test_labels)
 """
 OWN_SWEEP = """
-scenario: {name: "own_tasks:tasks", arguments: {path: here}}
+scenario: {name: "own_tasks:tasks"}
 network: {hidden: [6, 4]}
 training: {epochs: EPOCHS, batch_size: 16}
 search: {alpha: [1e-5], learning_rate: [0.005, 0.01]}
@@ -100,6 +75,7 @@ def write_own(folder: Path, epochs: int) -> None:
     (folder / "own.yaml").write_text(OWN_SWEEP.replace("EPOCHS", str(epochs)))
 
 
+@pytest.mark.slow
 def test_modules_of_ones_own_are_sent_without_data_and_a_stopped_job_keeps_its_points(
     cli: Cli, job_server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -110,8 +86,6 @@ def test_modules_of_ones_own_are_sent_without_data_and_a_stopped_job_keeps_its_p
     arguments += ["--set", f"modules={own}"]
     assert "no job clnp-own-" in cli(*arguments, "--stop", status=2).stderr
     assert cli.json(*arguments)["status"] == "SUCCEEDED"
-    recorded = (cli.folder / "runs" / "own" / "sweep.yaml").read_text()
-    assert "modules0" in recorded
 
     long = [*arguments, "--set", "training.epochs=20000", "--set", "search.points_per_trial=1"]
     long[long.index("own")] = "long"
