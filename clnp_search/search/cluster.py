@@ -310,9 +310,8 @@ def _probe(storage: str, token: str, mine: str, versions: dict[str, str]) -> str
         token: The driver's file.
     """
     if different := [f"{name} {here}" for name, here in _versions().items() if here != versions[name]]:
-        return (
-            f"has {', '.join(different)}, the driver {', '.join(f'{name} {each}' for name, each in versions.items())}"
-        )
+        driver = ", ".join(f"{name} {there}" for name, there in versions.items())
+        return f"has {', '.join(different)}; the driver has {driver}"
     folder = RunFolder(storage)
     try:
         folder.read(token)
