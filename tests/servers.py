@@ -94,7 +94,6 @@ class RayNodes:
             "--head", f"--port={self.port}", "--num-cpus=0", f"--dashboard-host={HEAD}", f"--dashboard-port={dashboard}"
         )
         until_up(self.head, self._log, lambda: urllib.request.urlopen(f"{self.url}/api/jobs/", timeout=5).close())
-        until_up(self.head, self._log, lambda: self._require(1))
 
     def add(self, cpus: int = 1, within: Sequence[str] = (), **environment: str) -> subprocess.Popen[str]:
         """One more node, which a command may start."""
