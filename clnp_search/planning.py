@@ -175,7 +175,7 @@ class _Workload:
             device, sweep.resources.cpu, sweep.training.precision, torch.__version__, version("clnp-search")
         )
         name = sequence.task(index).name
-        plan = TaskPlan(index, name, state.digest, self.points, (), self.packs, environment)
+        plan = TaskPlan(index, name, state.digest, self.points, ("",) * len(self.points), self.packs, environment)
         inputs = TaskInputs(sequence.run_inputs(self._folder), plan, state, sequence.drawn(index))
         largest = max(self.packs, key=len)
         return measure_step(inputs, [self.points[each] for each in largest], MEASURED_STEPS)
