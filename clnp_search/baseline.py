@@ -36,8 +36,8 @@ def runner_of(
 class BaselineRunner(Runner):
     """Takes a baseline's run to its end."""
 
-    def _run_task(self, index: int, state: State) -> Program[tuple[TaskResult, State]]:
-        started = time.perf_counter()
+    def _run_task(self, before: tuple[TaskResult, ...], state: State) -> Program[tuple[TaskResult, State]]:
+        started, index = time.perf_counter(), len(before)
         sequence, folder, baseline = self._sequence, self._folder, self._sweep.baseline
         assert baseline is not None, "a run of clnp has another runner"
         plan = self._plan(index, state)

@@ -138,7 +138,7 @@ class _Workload:
         if plan is not None:
             self.points, self.packs = plan.points, plan.packs
         else:
-            chosen = reused_point(folder, sweep, index) if folder.read_results() else None
+            chosen = reused_point(folder, sweep) if index and folder.read_results() else None
             self.points = first_points(sweep, index, chosen, architecture.graph.layers)
             if index and sweep.search.tasks == "first" and chosen is None:
                 self.points = self.points[:1]  # which one will be chosen is not known; any costs the same

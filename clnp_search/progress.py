@@ -104,7 +104,7 @@ def costs_of(folder: RunFolder) -> tuple[Cost, ...]:
     while folder.read_plan(task := len(costs)) is not None:
         records = [record for record in folder.read_points(task) if not record.origin]
         points = {record.point.index for record in records}
-        scans = [scan for point in sorted(points) for scan in folder.read_scans(task, point)]
+        scans = [scan for scan in folder.read_scans(task) if scan.point in points]
         costs.append(Cost(task, sum(each.seconds for each in records), sum(each.seconds for each in scans)))
     return tuple(costs)
 

@@ -260,7 +260,7 @@ class Runner:
         try:
             while summary.status == "running":
                 started, state = time.perf_counter(), self._sequence.start_of(len(results), state)
-                result, state = yield from self._run_task(len(results), state)
+                result, state = yield from self._run_task(results, state)
                 results = (*results, result)
                 summary = self._write_summary(results, state)
                 for listener in self._listeners:
@@ -304,14 +304,19 @@ class Runner:
     def _shared(self) -> ObjectRef:
         return self._cluster.share(self._sequence.run_inputs(self._folder))
 
-    def _run_task(self, index: int, state: State) -> Program[tuple[TaskResult, State]]:
-        started = time.perf_counter()
+    def _run_task(self, before: tuple[TaskResult, ...], state: State) -> Program[tuple[TaskResult, State]]:
+        """The task after these.
+
+        Args:
+            state: That it starts from.
+        """
+        started, index = time.perf_counter(), len(before)
         sweep, folder = self._sweep, self._folder
         plan = self._plan(index, state)
         inputs = self._cluster.share((plan, state, self._sequence.drawn(index)))
         plan, inputs, records = yield from self._search(plan, inputs, state)
         rules, groups = sweep.forgetting, tuple(state.graph.groups)
-        budget = Budget(groups, folder.read_results(), plan.num_tasks)
+        budget = Budget(groups, before, plan.num_tasks)
         spent = selection.spend(records, rules.margins, rules.sparsity, budget, partial(self._scan, plan, inputs))
         rounds = [spent.scans]
         last = records
@@ -323,8 +328,8 @@ class Runner:
                 done = [record for record in last if record.status == "done"]
                 rounds.append(self._scan(plan, inputs, done, spent.limit))
             else:
-                before = {scan.point: scan for scan in rounds[-1]}
-                rounds.append([retrained(before[record.point.index], record) for record in last])
+                pruned = {scan.point: scan for scan in rounds[-1]}
+                rounds.append([retrained(pruned[record.point.index], record) for record in last])
         choice = selection.choose(records, rounds[-1], spent.margin, rules.sparsity, spent.reasons)
         check_selection(folder, index, choice)
         kept = next(record for record in last if record.point.index == choice.chosen)
@@ -381,9 +386,13 @@ class Runner:
         self._folder.write_result(result)
         return result
 
+    @cached_property
+    def _reused(self) -> Point | None:
+        return reused_point(self._folder, self._sweep)
+
     def _plan(self, index: int, state: State) -> TaskPlan:
         """The task's recorded plan, or a new one."""
-        sweep, layers, reused = self._sweep, state.graph.layers, reused_point(self._folder, self._sweep, index)
+        sweep, layers, reused = self._sweep, state.graph.layers, self._reused if index else None
         existing = self._sequence.read_plan(self._folder, index, state.digest)
         if existing is not None:
             if not agree(sweep, index, reused, layers, existing.points):
@@ -622,20 +631,21 @@ def take_over(folder: RunFolder, origin: RunFolder, plan: TaskPlan) -> None:
     """Copies what another run has trained and scanned of a task's points, where their keys are the same."""
     theirs = origin.read_plan(plan.task)
     places = {} if theirs is None else dict(zip(theirs.keys, theirs.points, strict=True))
+    scans = [scan for scan in origin.read_scans(plan.task) if scan.round == 0] if places else []
     for point, key in zip(plan.points, plan.keys, strict=True):
         record = origin.read_point(plan.task, places[key].name) if key in places else None
         if record is None or record.status != "done" or folder.read_point(plan.task, point.name) is not None:
             continue
         trained = origin.read_trained(plan.task, record)
-        for scan in origin.read_scans(plan.task, record.point.index):
-            if scan.round == 0:
+        for scan in scans:
+            if scan.point == record.point.index:
                 folder.write_scan(plan.task, replace(scan, point=point.index))
         folder.write_point(plan.task, replace(record, point=point, origin=origin.uri), trained)
 
 
-def reused_point(folder: RunFolder, sweep: Sweep, index: int) -> Point | None:
-    """What the first task chose, if the task at `index` shall reuse it; found anew from that task's records."""
-    if index == 0 or sweep.search.tasks == "every":
+def reused_point(folder: RunFolder, sweep: Sweep) -> Point | None:
+    """What the first task chose, if later ones shall reuse it; found anew from that task's records."""
+    if sweep.search.tasks == "every":
         return None
     first = folder.read_plan(0)
     assert first is not None, "task 0 is committed"

@@ -327,11 +327,9 @@ class RunFolder:
         """A point's threshold scan by a rule and a limit, after a fine-tune round or before any, or None."""
         return self._read_record(_scan(task, point, rule, min_correct, round), ScanRecord)
 
-    def read_scans(self, task: int, point: int) -> tuple[ScanRecord, ...]:
-        """All threshold scans of a point."""
-        paths = (
-            path for path in self._list(f"{_task(task)}/scans") if path.rpartition("/")[2].startswith(f"{point:03d}-")
-        )
+    def read_scans(self, task: int) -> tuple[ScanRecord, ...]:
+        """All threshold scans of a task's points."""
+        paths = self._list(f"{_task(task)}/scans")
         return tuple(record for path in paths if (record := self._read_record(path, ScanRecord)) is not None)
 
     def write_selection(self, task: int, selection: Selection) -> None:
@@ -378,14 +376,14 @@ class RunFolder:
     def artifacts(self, task: int | None = None) -> dict[str, str]:
         """The files that a reader elsewhere wants to see, of the run or of one task: name for the reader to path."""
         if task is None:
-            paths = ["sweep.yaml", "summary.json", *self.figures()]
+            own = ["sweep.yaml", "summary.json"]
             if results := self.read_results():
-                paths.append(f"{_task(results[-1].index)}/state.safetensors")
+                own.append(f"{_task(results[-1].index)}/state.safetensors")
+            listed = self.figures()
         else:
             own = [f"{_task(task)}/{name}" for name in ("points.csv", "pareto.csv", "selection.json", "study.log")]
-            paths = [*own, *self._list(f"{_task(task)}/curves"), *self.figures(task)]
-        shown = {re.sub(r"^tasks/\d+/", "", path): path for path in paths}
-        return {name: path for name, path in shown.items() if self.exists(path)}
+            listed = (*self._list(f"{_task(task)}/curves"), *self.figures(task))
+        return {re.sub(r"^tasks/\d+/", "", path): path for path in (*filter(self.exists, own), *listed)}
 
     def write_state(self, task: int, state: State) -> str:
         """Records the state after a task; gives the SHA-256 of its file, for the task's result."""

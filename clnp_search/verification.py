@@ -154,7 +154,7 @@ class _Proof:
         if plan is None:
             raise ValueError("plan.json is missing")
         sweep = sweep_at(self._folder, self._sequence.sweep, plan)
-        if not agree(sweep, task, reused_point(self._folder, sweep, task), layers, plan.points):
+        if not agree(sweep, task, reused_point(self._folder, sweep) if task else None, layers, plan.points):
             raise ValueError("its points are not those of the sweep")
         return plan
 

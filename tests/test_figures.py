@@ -19,6 +19,7 @@ from clnp_search.records import CurveStep, Selection, TaskResult, Units, summari
 from clnp_search.report.figures import (
     CHOSEN,
     MAX_ALPHAS,
+    MAX_TASKS,
     accuracy_against_sparsity,
     accuracy_matrix,
     draw_run,
@@ -322,3 +323,14 @@ def test_draw_run_skips_a_task_that_was_chosen_by_another_rule(folder: RunFolder
     draw_run(folder, summary)
     assert folder.figures(0) == ()
     assert len(folder.figures()) == 4
+
+
+def test_figures_of_a_hundred_tasks_stay_as_large_as_those_of_some() -> None:
+    units = {"hidden0": Units(400, 300, 3, 100)}
+    results = [make_result(index, (0.95,) * (index + 1), units) for index in range(100)]
+    for draw in (accuracy_matrix, units_grown):
+        many, some = draw("run", results), draw("run", results[:MAX_TASKS])
+        assert to_png(many)
+        assert tuple(many.get_size_inches()) == tuple(some.get_size_inches())
+    names = [text.get_text() for text in many.legends[0].get_texts()]
+    assert (names[0], names[-2:], len(names)) == ("0", ["99", "free"], MAX_TASKS + 1)

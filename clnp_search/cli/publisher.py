@@ -85,7 +85,7 @@ class Publisher(Listener):
                     draw_run(self._folder, summary)
                 if self._sweep.tracking.uri != "none":
                     tracker = tracker or MlflowTracker(self._folder, self._sweep)
-                    tracker.sync(summary)
+                    tracker.sync(summary, superseded=lambda: not self._events.empty())
                 self.unavailable = ""
             except Exception as error:  # whatever it is, the search goes on and the run folder keeps the records
                 self.unavailable = f"{type(error).__name__}: {error}"

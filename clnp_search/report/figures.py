@@ -65,6 +65,7 @@ CENTRED: dict[str, Any] = {"ha": "center", "va": "center", "size": 7.5}
 OWN: dict[str, Any] = {"color": CHOSEN, "linewidth": 1, "linestyle": (0, (1, 1)), "zorder": 3}
 FRONT: dict[str, Any] = {"color": INK, "linewidth": 1.4, "drawstyle": "steps-post", "zorder": 3.5}
 MAX_ALPHAS = 10  # in a legend; of more, some that are evenly spaced
+MAX_TASKS = 32  # that are named one by one; of more, some are
 MANY = 6  # layers from which on each has a narrow row
 
 
@@ -74,10 +75,11 @@ def draw_run(folder: RunFolder, summary: Summary) -> None:
         return
     _record(folder, "accuracy", accuracy_matrix(summary.name, summary.tasks))
     _record(folder, "units", units_grown(summary.name, summary.tasks))
-    for result in summary.tasks:
-        if not folder.figures(result.index):
-            for name, figure in draw_task(folder, summary.name, result).items():
-                _record(folder, name, figure, result.index)
+    # Tasks are drawn in order: those before the last one that has figures are not asked again.
+    new = list(itertools.takewhile(lambda result: not folder.figures(result.index), reversed(summary.tasks)))
+    for result in reversed(new):
+        for name, figure in draw_task(folder, summary.name, result).items():
+            _record(folder, name, figure, result.index)
 
 
 def draw_task(folder: RunFolder, run: str, result: TaskResult) -> dict[str, Figure]:
@@ -141,19 +143,20 @@ def accuracy_matrix(run: str, tasks: Sequence[TaskResult]) -> Figure:
     values = np.full((number, number), np.nan)
     for row, result in enumerate(tasks):
         values[row, : row + 1] = result.test_accuracies
-    side = max(2.0, 0.46 * number)
+    side = max(2.0, 0.46 * min(number, MAX_TASKS))
     figure = _figure(run, side + 1.6, side + 1.1)
     axes = figure.add_subplot()
     # Never a narrower range than ten points: tenths of a percent shall not look like a cliff.
     norm = Normalize(min(0.9, math.floor(np.nanmin(values) * 20) / 20), 1.0)
     image = axes.imshow(values, "Blues", norm)
-    for column, row in itertools.combinations_with_replacement(range(number), 2):
-        value = values[row, column]
-        axes.text(column, row, f"{100 * value:.2f}", **CENTRED, color=_ink_on(image.cmap(norm(value))))
+    if number <= MAX_TASKS:
+        for column, row in itertools.combinations_with_replacement(range(number), 2):
+            value = values[row, column]
+            axes.text(column, row, f"{100 * value:.2f}", **CENTRED, color=_ink_on(image.cmap(norm(value))))
     axes.set_title(f"Test accuracy (%): {100 * np.mean(values[-1]):.2f} on average")
     axes.set(xlabel="evaluated on task", ylabel="after training task")
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_ticks(range(number))
+        axis.set_ticks(_some(number, MAX_TASKS))
         axis.set_ticks(np.arange(number + 1) - 0.5, minor=True)
     axes.grid(which="minor", color="white", linewidth=1.2)
     axes.tick_params(which="both", length=0)
@@ -167,8 +170,9 @@ def units_grown(run: str, tasks: Sequence[TaskResult]) -> Figure:
     """Which share of each layer's units every task has grown, and what is still free (paper, figure 3b)."""
     last = tasks[-1].units
     narrow = len(last) > MANY
-    columns = 1 + len(tasks) // 8
-    rows = max(len(last) * (0.25 if narrow else 0.55), 0.18 * (3 + len(tasks) / columns) - 0.5)
+    named = _some(len(tasks), MAX_TASKS)
+    columns = 1 + len(named) // 8
+    rows = max(len(last) * (0.25 if narrow else 0.55), 0.18 * (3 + len(named) / columns) - 0.5)
     figure = _figure(run, 9.0 if narrow else 7.2, 1.3 + rows)
     axes = figure.add_subplot()
     colours = [*_shades(len(tasks)), FREE]
@@ -188,8 +192,8 @@ def units_grown(run: str, tasks: Sequence[TaskResult]) -> Figure:
     axes.spines["left"].set_visible(False)
     axes.xaxis.set_major_formatter(PERCENT)
     axes.set(title="Units grown by each task", xlabel="share of the layer's units (%)", xlim=(0, 1))
-    labels = [*(str(result.index) for result in tasks), "free"]
-    patches = [Patch(color=colour, label=label) for colour, label in zip(colours, labels, strict=True)]
+    patches = [Patch(color=colours[each], label=str(tasks[each].index)) for each in named]
+    patches.append(Patch(color=FREE, label="free"))
     figure.legend(handles=patches, title="task", loc="outside right center", ncols=columns, handlelength=1.0)
     return figure
 
@@ -372,8 +376,7 @@ class _Task:
         """
         alphas, chosen = {self.points[index].alpha for index in shown}, self._chosen
         drawn = [(alpha, colour) for alpha, colour in self._colours.items() if alpha in alphas]
-        if len(drawn) > MAX_ALPHAS:
-            drawn = [drawn[round(each)] for each in np.linspace(0, len(drawn) - 1, MAX_ALPHAS)]
+        drawn = [drawn[each] for each in _some(len(drawn), MAX_ALPHAS)]
         lines = [Line2D([], [], color=colour, label=f"α = {_alpha(alpha)}") for alpha, colour in drawn]
         limit = Line2D([], [], **LIMIT, label=f"best − margin = {100 * self.limit:.2f}")
         label = f"chosen: {chosen.name}\nα = {_alpha(chosen.alpha)}\nlr = {chosen.learning_rate:g}"
@@ -397,6 +400,11 @@ def _scale_theta(axes: Axes, ends: Iterable[float], top: float) -> None:
     axes.xaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=linear, subs=subs))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_xlim(0, 1.05 * top or 1.0)
+
+
+def _some(number: int, most: int) -> list[int]:
+    """The indices of all, or of so many that are evenly spaced, with the first and the last."""
+    return [round(each) for each in np.linspace(0, number - 1, min(number, most))]
 
 
 def _shades(number: int) -> list[str]:

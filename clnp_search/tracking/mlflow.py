@@ -15,7 +15,7 @@ import statistics
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -80,24 +80,26 @@ class MlflowTracker:
         self._store: _Store | None = None
         self._exported: dict[int, bytes] = {}
 
-    def sync(self, summary: Summary | None = None) -> None:
+    def sync(self, summary: Summary | None = None, superseded: Callable[[], bool] = lambda: False) -> None:
         """Logs what the run folder has and MLflow has not.
 
         Args:
             summary: How far to go, if not as far as the folder: a task is closed in MLflow with the figures that are
                 there, so draw those of the summary's tasks first.
+            superseded: Whether a later sync waits. Points of a task that has not chosen are then left to it, which may
+                log training and choice at once.
 
         Raises:
             TrackingUnavailable: MLflow cannot be reached, or refuses; the message says why.
         """
         connected = self._store is not None
         try:
-            self._project(summary or self._folder.read_summary())
+            self._project(summary or self._folder.read_summary(), superseded)
         except BaseException as error:
             self._store = None  # whether the last request arrived is unknown: ask again what is there
             if not (connected and isinstance(error, TrackingUnavailable)):
                 raise
-            self.sync(summary)
+            self.sync(summary, superseded)
 
     def register(self, name: str) -> list[RegisteredModel]:
         """Makes every committed task's model a version of one registered model, under an alias for the task.
@@ -123,7 +125,7 @@ class MlflowTracker:
             registered.append(RegisteredModel(result.index, name, alias, int(version), model.model_id))
         return registered
 
-    def _project(self, summary: Summary | None) -> None:
+    def _project(self, summary: Summary | None, superseded: Callable[[], bool]) -> None:
         folder = self._folder
         entries = folder.read_tracking()
         if "key" not in entries:
@@ -137,8 +139,10 @@ class MlflowTracker:
             store.upload(sequence, {"sweep.yaml": folder.read_sweep().encode()})
             store.log(sequence, [], _settings(self._sweep))
         for index in range(len(results) + 1):
-            self._project_task(store, sequence, index, results, failed=state == "failed")
-        metrics = [metric for index in range(len(results)) for metric in _sequence_metrics(results[: index + 1])]
+            self._project_task(store, sequence, index, results, state == "failed", superseded)
+        # A step is logged in order, so that it is complete with its last metric.
+        steps = [index for index in range(len(results)) if store.missing(sequence, [(f"test/task{index}", 0.0, index)])]
+        metrics = [metric for index in steps for metric in _sequence_metrics(results[: index + 1])]
         if sequence.status != STATUS[state] or store.missing(sequence, metrics):
             store.upload(sequence, self._artifacts())
             store.log(sequence, metrics, tags={"clnp.status": state})
@@ -148,7 +152,13 @@ class MlflowTracker:
             folder.write_tracking(written)
 
     def _project_task(
-        self, store: _Store, sequence: _Run, index: int, results: Sequence[TaskResult], failed: bool
+        self,
+        store: _Store,
+        sequence: _Run,
+        index: int,
+        results: Sequence[TaskResult],
+        failed: bool,
+        superseded: Callable[[], bool],
     ) -> None:
         name, folder = f"{index:03d}", self._folder
         known = store.find(name)
@@ -159,6 +169,8 @@ class MlflowTracker:
         run = store.run(name, f"task {index}: {plan.name}", self._tags("task", index), sequence, plan.started)
         selection = folder.read_selection(index) if result else None
         for point in plan.points:
+            if selection is None and superseded():
+                break
             self._project_point(store, run, plan, point, selection, tuple(result.units) if result else ())
         if result is None or selection is None:
             store.set_status(run, "FAILED" if failed else "RUNNING")
@@ -213,18 +225,19 @@ class MlflowTracker:
         record = folder.read_point(plan.task, point.name)
         if record is None:
             return
-        title = f"{point.name} alpha={_compact(point.alpha, 'g')} lr={point.learning_rate:g}"
-        run = store.run(name, title, self._tags("point", plan.task), task, record.started or plan.started)
         params = _params(point.alpha, point.learning_rate)
         metrics = [] if trained else _swept(point.alpha, point.learning_rate) + _training_metrics(record)
         tags = {"clnp.reason": record.reason, "mlflow.note.content": "\n".join(record.notes)}
-        tags = {key: text for key, text in tags.items() if text or key in run.tags}
+        tags = {key: text for key, text in tags.items() if text or (known and key in known.tags)}
         if selection is not None:
             tags["selected"] = str(point.index == selection.chosen).lower()
             asked = self._sweep.forgetting.rule, selection.min_correct
             scan = folder.read_scan(plan.task, point.index, *asked) if point.index in selection.candidates else None
             metrics += _scan_metrics(scan) if scan else []
             metrics += _theta(scan.theta, groups) if scan and scan.theta else []
+        title = f"{point.name} alpha={_compact(point.alpha, 'g')} lr={point.learning_rate:g}"
+        # A run that is new gets its tags with its creation, a request less: it counts from its end on.
+        run = store.run(name, title, self._tags("point", plan.task) | tags, task, record.started or plan.started)
         store.log(run, metrics, params, tags)
         store.set_status(run, "FINISHED" if record.status == "done" else "FAILED", record.ended)
 

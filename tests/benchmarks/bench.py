@@ -6,9 +6,11 @@ Every figure is a ratio (or a difference) of things measured in one run on one m
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
+import sqlite3
 import statistics
 import subprocess
 import sys
@@ -16,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from importlib.metadata import version
@@ -581,10 +584,110 @@ def train_pack_alone(options: Options, name: str, num_points: int, folder: str) 
     print(before, _resident("VmHWM"))
 
 
-def _resident(field: str) -> int:
-    """Bytes of a field of this process's status (Linux)."""
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+def _resident(field: str, process: int | str = "self") -> int:
+    """Bytes of a field of a process's status (Linux)."""
+    status = dict(line.split(":", 1) for line in Path(f"/proc/{process}/status").read_text().splitlines())
     return int(status[field].split()[0]) << 10
+
+
+def many_points(options: Options) -> Iterator[Row]:
+    """One task of very many points: what a point costs beside its training and its scan, and the driver's memory."""
+    found, few, many = {}, 10, 50 if options.quick else 1000
+    with tempfile.TemporaryDirectory() as folder:
+        for num in (few, many):
+            sweep = _tiny(folder, 1) | {
+                "search": {
+                    "algorithm": "random",
+                    "points": num,
+                    "alpha": {"low": 1e-6, "high": 1e-3},
+                    "learning_rate": {"low": 2e-3, "high": 2e-2},
+                }
+            }
+            found[num] = _watched(sweep, f"{num}-points", folder)
+        run = RunFolder(f"{folder}/{many}-points")
+        records, scans = run.read_points(0), run.read_scans(0)
+        [(logged,)] = _database(folder, "select count(*) from tags where key = 'selected'")
+    missing = 2 * many + few - len(records) - logged
+    yield Row("points without a record or a run in MLflow", missing, high=0, detail=f"{len(scans)} of {many} scanned")
+    busy = (sum(each.seconds for each in records) + sum(each.seconds for each in scans)) / CORES
+    wall = found[many].seconds - found[few].seconds
+    detail = f"{wall:.0f} s more than {few} points, of which trials computed {busy:.0f} s on {CORES} cores"
+    yield Row("overhead a point [ms]", 1e3 * (wall - busy) / (many - few), high=50, detail=detail)
+    most, least = (max(found[num].resident) for num in (many, few))
+    detail = f"{most / 2**20:.0f} MiB / {least / 2**20:.0f} MiB at most"
+    yield Row(f"the driver's memory, over that with {few} points", most / least, high=1.25, detail=detail)
+
+
+def many_tasks(options: Options) -> Iterator[Row]:
+    """A long sequence: the time of late tasks over that of early ones, from commit to commit."""
+    num = 12 if options.quick else 100
+    with tempfile.TemporaryDirectory() as folder:
+        sweep = _tiny(folder, num) | {"search": {"alpha": [1e-3], "learning_rate": [0.005, 0.01]}}
+        watched = _watched(sweep, "tasks", folder)
+        ended = [result.ended for result in RunFolder(f"{folder}/tasks").read_results()]
+    seconds = [after - before for before, after in itertools.pairwise(ended)]
+    early, late = (sum(seconds[start : start + 10]) for start in (min(9, num - 11), num - 11))
+    yield Row("the last ten tasks over tasks 10 to 19", late / early, high=1.5, detail=f"{late:.1f} s / {early:.1f} s")
+    behind = watched.ended - ended[-1]
+    yield Row("from the last commit to the end of the command [s]", behind, detail="the rest of figures and MLflow")
+
+
+def many_sequences(options: Options) -> Iterator[Row]:
+    """Sequences at once: a sweep's seeds, as many at a time as there are cores, over one of them alone."""
+    seconds, num = {}, 3 if options.quick else 20
+    with tempfile.TemporaryDirectory() as folder:
+        for repetitions in (1, num):
+            sweep = _tiny(folder, 2) | {"search": {"alpha": [1e-4], "learning_rate": [0.01]}}
+            seconds[repetitions] = _watched(sweep | {"repetitions": repetitions}, f"of-{repetitions}", folder).seconds
+        rows = _database(folder, "select status from runs where name like 'of-%-s%'")
+    finished = sum(status == "FINISHED" for (status,) in rows)
+    yield Row("sequences that did not finish in MLflow", num - finished, high=0)
+    detail = f"{num} in {seconds[num]:.0f} s, one in {seconds[1]:.0f} s"
+    yield Row(f"{num} sequences over {num} times one", seconds[num] / (num * seconds[1]), high=1.0, detail=detail)
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A whole command: how long it took, when it ended, and its resident bytes, some of them a second."""
+
+    seconds: float
+    ended: float
+    resident: list[int]
+
+
+def _tiny(folder: str, tasks: int) -> dict[str, Any]:
+    """A sweep whose tasks train for as short as can be, so that what is around them shows."""
+    return {
+        "scenario": {"name": "permuted_digits", "tasks": tasks},
+        "network": {"hidden": [100, 100]},
+        "training": {"epochs": 1},
+        "forgetting": {"margin": "1%", "theta": "global"},
+        "storage": folder,
+        "tracking": {"uri": f"sqlite:///{folder}/mlflow.db"},
+    }
+
+
+def _watched(sweep: dict[str, Any], name: str, folder: str) -> Watched:
+    path = Path(folder, f"{name}.yaml")
+    path.write_text(json.dumps(sweep))
+    started, resident = time.perf_counter(), []
+    command = [sys.executable, "-m", "clnp_search", "run", str(path), "--name", name, "--json"]
+    with Path(folder, "said").open("w+") as said:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said)
+        while process.poll() is None:
+            with suppress(OSError, KeyError):  # it ends meanwhile
+                resident.append(_resident("VmRSS", process.pid))
+            time.sleep(0.25)
+        if process.returncode:
+            said.seek(0)
+            raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}:\n{said.read()[-2000:]}")
+    return Watched(time.perf_counter() - started, time.time(), resident)
+
+
+def _database(folder: str, query: str) -> list[Any]:
+    """Rows of MLflow's database."""
+    with closing(sqlite3.connect(f"{folder}/mlflow.db")) as database:
+        return database.execute(query).fetchall()
 
 
 def curves(options: Options) -> Iterator[Row]:
@@ -646,6 +749,9 @@ BENCHMARKS: dict[str, Callable[[Options], Iterator[Row]]] = {
     "marginal": marginal,
     "memory": memory,
     "curves": curves,
+    "many_points": many_points,
+    "many_tasks": many_tasks,
+    "many_sequences": many_sequences,
 }
 
 

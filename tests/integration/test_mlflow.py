@@ -334,6 +334,20 @@ def test_a_sync_goes_as_far_as_the_summary_that_it_is_given(folder: RunFolder, s
     assert runs_of(sweep)["task 0: task-0"].info.status == "FINISHED"
 
 
+def test_a_sync_that_is_superseded_leaves_the_points_of_an_open_task_to_the_next_one(
+    folder: RunFolder, sweep: Sweep
+) -> None:
+    for step in write_run(folder, sweep):
+        if step == "chosen 1":
+            break
+    tracker = MlflowTracker(folder, sweep)
+    tracker.sync(superseded=lambda: True)
+    points = [title.partition("/")[0] for title in runs_of(sweep) if "/" in title]
+    assert points == ["task 0: task-0"] * 4
+    tracker.sync()
+    assert len([title for title in runs_of(sweep) if "/" in title]) == 8
+
+
 def test_a_server_that_is_not_there_is_reported_and_replayed_when_it_is(
     finished: RunFolder, sweep: Sweep, database: str, tmp_path: Path
 ) -> None:
