@@ -143,11 +143,13 @@ class PackProgress:
         epochs_done: For each point that has reported, its finished epochs.
         best: The point that is ahead, by its last epoch, and its validation accuracy; None before the first report.
         failed: Points of finished packs that are recorded as failed.
+        ended: All points of finished packs.
     """
 
     epochs_done: dict[int, int]
     best: tuple[int, float] | None = None
     failed: tuple[int, ...] = ()
+    ended: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -88,11 +88,10 @@ class RayNodes:
         self._num_started = 0
         self.port = free_port()
         self.address = f"{HEAD}:{self.port}"
-        dashboard = free_port()
-        self.url = f"http://{HEAD}:{dashboard}"
-        self.head = self._start(
-            "--head", f"--port={self.port}", "--num-cpus=0", f"--dashboard-host={HEAD}", f"--dashboard-port={dashboard}"
-        )
+        dashboard, metrics = free_port(), free_port()
+        self.url, self.metrics = f"http://{HEAD}:{dashboard}", f"http://{HEAD}:{metrics}/metrics"
+        shown = (f"--dashboard-host={HEAD}", f"--dashboard-port={dashboard}", f"--metrics-export-port={metrics}")
+        self.head = self._start("--head", f"--port={self.port}", "--num-cpus=0", *shown)
         until_up(self.head, self._log, lambda: urllib.request.urlopen(f"{self.url}/api/jobs/", timeout=5).close())
 
     def add(self, cpus: int = 1, within: Sequence[str] = (), **environment: str) -> subprocess.Popen[str]:

@@ -14,6 +14,8 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict
+from enum import StrEnum
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -21,6 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from typer.exceptions import TyperException
 
+from clnp_search.cli import logs
 from clnp_search.cli.console import DONE, FAILED, INPUT_WRONG, INTERRUPTED, as_typed, count, err, out, print_json
 from clnp_search.cli.models import evaluate, export, register, verify
 from clnp_search.cli.network import network
@@ -96,6 +99,13 @@ def main() -> None:
     _exit(status)
 
 
+class LogFormat(StrEnum):
+    """What standard error is for."""
+
+    TEXT = "text"
+    JSON = "json"
+
+
 def _print_version(asked: bool) -> None:
     if asked:
         out.print(f"clnp-search {metadata.version('clnp-search')}", highlight=False)
@@ -113,8 +123,14 @@ def program(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", callback=_show_debug, help="Show tracebacks.")] = False,
+    log_format: Annotated[
+        LogFormat,
+        typer.Option("--log-format", envvar=logs.VARIABLE, help="Of standard error; json: an object a line."),
+    ] = LogFormat.TEXT,
 ) -> None:
     """Options of the program itself, before the command."""
+    if log_format is LogFormat.JSON:
+        logs.use_json()
 
 
 def run(
@@ -248,11 +264,12 @@ def submit(
         status = job.stop()
         print_json(asdict(job) | {"status": status}) if as_json else out.print(f"{job.submission_id}: {status}")
         return
-    job = submit_run(sweep, name, address, requirements)
+    environment = {logs.VARIABLE: "json"} if logs.is_json() else {}
+    job = submit_run(sweep, name, address, environment, requirements)
     if not follow:
         print_json(asdict(job)) if as_json else out.print(f"submitted as {job.submission_id} to {job.address}")
         return
-    status = job.follow(lambda text: err.print(text, end="", markup=False, highlight=False))
+    status = job.follow(logs.relay)
     if as_json:
         print_json(asdict(job) | {"status": status})
     if status != "SUCCEEDED":
@@ -313,6 +330,7 @@ def drive(sweep: Sweep, folder: RunFolder, address: str, retry_failed: bool = Fa
         Interrupted: By a signal, or by another process that took the run over.
         MachineFault: What the run needs failed.
     """
+    from clnp_search.cli.metrics import RayMetrics
     from clnp_search.cli.publisher import Publisher
     from clnp_search.cli.view import LiveView
     from clnp_search.config import sweep_of
@@ -329,10 +347,11 @@ def drive(sweep: Sweep, folder: RunFolder, address: str, retry_failed: bool = Fa
     begun = folder.exists("sweep.yaml")
     publisher = Publisher(folder, sweep)
     lease = Lease(folder, _interrupt_main)
-    view = LiveView(err, sweep, folder.name, folder.read_results(), publisher.state)
+    view = logs.EventLog if logs.is_json() else partial(LiveView, err)
+    shown = view(sweep, folder.name, folder.read_results(), publisher.state)
     try:
         # Importing torch, Tune and the data set's library takes about as long as Ray's start: they go side by side.
-        with ExitStack() as held, view:
+        with ExitStack() as held, shown:
             if begun:
                 held.enter_context(lease)
             loading = ThreadPoolExecutor(1).submit(_load, sweep)  # not waited for where it is not needed any more
@@ -343,7 +362,7 @@ def drive(sweep: Sweep, folder: RunFolder, address: str, retry_failed: bool = Fa
                 sequence = loading.result()
                 from clnp_search.baseline import runner_of
 
-                runner = runner_of(sequence, folder, cluster, [view, publisher])
+                runner = runner_of(sequence, folder, cluster, [shown, publisher, RayMetrics(folder.name)])
                 if begun:
                     if sweep_of(folder).scenario != sweep.scenario:  # it was given more tasks
                         runner.check()
@@ -411,6 +430,10 @@ def _report(summary: Summary, folder: RunFolder, sweep: Sweep) -> None:
 def _complain(status: int, message: str) -> int:
     """Says how the command ended; with `--debug`, also where."""
     logger.debug("the command ended here", exc_info=True)
+    if logs.is_json():
+        level = logging.ERROR if status in (FAILED, INPUT_WRONG) else logging.WARNING
+        logger.log(level, "%s", message, extra={"exit_status": status})
+        return status
     err.print(message, style="red" if status in (FAILED, INPUT_WRONG) else "yellow", markup=False, highlight=False)
     return status
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import queue
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 NICENESS = 10
+DRAW_EVERY_S = 20.0  # figures of the whole run; they are drawn when it ends in any case
 
 
 class Publisher(Listener):
@@ -74,6 +77,7 @@ class Publisher(Listener):
         if sys.platform == "linux":  # where a thread has a priority of its own: packs that train go before figures
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
         tracker: MlflowTracker | None = None
+        drawn_at = -math.inf
         while (summary := self._newest()) is not None:
             # Imported with the first event: until then the search's own start needs the cores.
             from clnp_search.report.figures import draw_run
@@ -82,7 +86,10 @@ class Publisher(Listener):
             self._busy = True
             try:
                 if summary.tasks:
-                    draw_run(self._folder, summary)
+                    # The interpreter is shared with the search, whose tasks may take no longer than a figure of all.
+                    whole = summary.status != "running" or time.monotonic() - drawn_at >= DRAW_EVERY_S
+                    draw_run(self._folder, summary, whole)
+                    drawn_at = time.monotonic() if whole else drawn_at
                 if self._sweep.tracking.uri != "none":
                     tracker = tracker or MlflowTracker(self._folder, self._sweep)
                     tracker.sync(summary, superseded=lambda: not self._events.empty())

@@ -12,7 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from clnp_search.cli.console import DONE, INPUT_WRONG, INTERRUPTED, err
+from clnp_search.cli.console import DONE, INPUT_WRONG, INTERRUPTED
+from clnp_search.cli.logs import is_json, relay
 from clnp_search.config import Sweep
 from clnp_search.errors import InputError, Interrupted, MachineFault
 
@@ -58,7 +59,7 @@ def run_seeds(sweep: Sweep, name: str, address: str, at_once: int) -> None:
             children.append(child)
             assert child.stderr is not None
             for line in child.stderr:
-                err.print(f"{own}: {line.rstrip()}", markup=False, highlight=False, soft_wrap=True)
+                relay(line if is_json() else f"{own}: {line}")
             statuses[own] = child.wait()
 
         pool = ThreadPoolExecutor(at_once)

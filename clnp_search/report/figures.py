@@ -69,12 +69,17 @@ MAX_TASKS = 32  # that are named one by one; of more, some are
 MANY = 6  # layers from which on each has a narrow row
 
 
-def draw_run(folder: RunFolder, summary: Summary) -> None:
-    """Records the run's figures, and those of each task that has none yet, as PNG and as SVG."""
+def draw_run(folder: RunFolder, summary: Summary, whole: bool = True) -> None:
+    """Records the run's figures, and those of each task that has none yet, as PNG and as SVG.
+
+    Args:
+        whole: Whether also those of the whole run, which show every task so far.
+    """
     if not summary.tasks:
         return
-    _record(folder, "accuracy", accuracy_matrix(summary.name, summary.tasks))
-    _record(folder, "units", units_grown(summary.name, summary.tasks))
+    if whole:
+        _record(folder, "accuracy", accuracy_matrix(summary.name, summary.tasks))
+        _record(folder, "units", units_grown(summary.name, summary.tasks))
     # Tasks are drawn in order: those before the last one that has figures are not asked again.
     new = list(itertools.takewhile(lambda result: not folder.figures(result.index), reversed(summary.tasks)))
     for result in reversed(new):

@@ -210,7 +210,7 @@ class Cluster:
             failures[point.name] += 1
             if failures[point.name] > max_failures:
                 raise MachineFault(fault + tried(failures[point.name]))
-            logger.warning("%s; trying again", fault)
+            logger.warning("%s; trying again", fault, extra={"point": point.name})
             pause(failures[point.name])
             left.insert(0, point)
 

@@ -63,12 +63,15 @@ def job_of(sweep: Sweep, name: str, address: str) -> Job:
     return Job(address, f"clnp-{name}-{hashlib.sha256(sweep.to_yaml().encode()).hexdigest()[:12]}")
 
 
-def submit_run(sweep: Sweep, name: str, address: str, requirements: Path | None = None) -> Job:
+def submit_run(
+    sweep: Sweep, name: str, address: str, environment: dict[str, str], requirements: Path | None = None
+) -> Job:
     """Sends a run to a cluster; one that is there already is not sent again.
 
     With the sweep go the user's own modules, if it names any, and no data.
 
     Args:
+        environment: Variables that it shall have.
         requirements: A requirements file, whose packages uv installs for this job beside what the nodes have.
 
     Raises:
@@ -79,7 +82,7 @@ def submit_run(sweep: Sweep, name: str, address: str, requirements: Path | None 
     job = job_of(sweep, name, address)
     runtime_env: dict[str, Any] = {
         # An interrupt, and time to act on it: a stopped job keeps every finished point.
-        "env_vars": {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "60"},
+        "env_vars": {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "60"} | environment,
     }
     if requirements is not None:
         try:

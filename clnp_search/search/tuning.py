@@ -151,7 +151,7 @@ class _Feed(Searcher):
             fault = f"pack {self._running[trial_id]} of task {self._packs.task}: {result['cause']}"
             if result["given_up"]:
                 raise _Ended(MachineFault(fault + tried(result["failures"])))
-            logger.warning("%s; trying again", fault)
+            logger.warning("%s; trying again", fault, extra={"pack": self._running[trial_id]})
             return
         points = result.get("points", ())
         self._accuracies |= {point: accuracy for point, _, accuracy in points}
@@ -160,6 +160,7 @@ class _Feed(Searcher):
             # Of equal ones the first.
             max(self._accuracies.items(), key=lambda seen: (seen[1], -seen[0]), default=None),
             (*self._progress.failed, *result.get("failed", ())),
+            (*self._progress.ended, *result.get("ended", ())),
         )
         self._listen(self._progress)
 
@@ -233,4 +234,5 @@ def _train_points(shared: RunInputs, of_task: OfTask, pack: int, believed: bool)
     folder = RunFolder(shared.folder)
     records = [folder.read_point(plan.task, point.name_in(plan.round)) for point in points]
     # A trial without a result counts as failed; points that had been finished before give no other.
-    yield {"failed": [record.point.index for record in records if record and record.status == "failed"]}
+    failed = [record.point.index for record in records if record and record.status == "failed"]
+    yield {"failed": failed, "ended": [point.index for point in points]}

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -16,21 +19,27 @@ pytest.importorskip("ray.job_submission")
 
 
 @pytest.fixture(scope="module")
-def job_server() -> Iterator[str]:
-    """The URL of a cluster's job server; its head trains nothing, and a node has two CPUs."""
+def nodes() -> Iterator[RayNodes]:
+    """A cluster whose head trains nothing, and a node with two CPUs."""
     with tempfile.TemporaryDirectory(prefix="clnp-") as name:
         nodes = RayNodes(Path(name))
         try:
             nodes.add(cpus=2)
-            yield nodes.url
+            yield nodes
         finally:
             nodes.end()
 
 
-def test_a_submitted_run_ends_like_a_local_one_and_is_one_job_when_sent_twice(
-    cli: Cli, finished: Path, job_server: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def job_server(nodes: RayNodes, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The URL of the cluster's job server."""
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    return nodes.url
+
+
+def test_a_submitted_run_ends_like_a_local_one_and_is_one_job_when_sent_twice(
+    cli: Cli, finished: Path, job_server: str
+) -> None:
     arguments = ["submit", "sweep.yaml", "--address", job_server, "--name", "sent", "--tracking-uri", "none"]
     first = cli.json(*arguments)
     assert first["status"] == "SUCCEEDED"
@@ -77,9 +86,8 @@ def write_own(folder: Path, epochs: int) -> None:
 
 @pytest.mark.slow
 def test_modules_of_ones_own_are_sent_without_data_and_a_stopped_job_keeps_its_points(
-    cli: Cli, job_server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    cli: Cli, job_server: str, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     write_own(tmp_path / "own", epochs=2)
     sweep, own = str(tmp_path / "own" / "own.yaml"), tmp_path / "own"
     arguments = ["submit", sweep, "--address", job_server, "--name", "own", "--tracking-uri", "none"]
@@ -99,14 +107,40 @@ def test_modules_of_ones_own_are_sent_without_data_and_a_stopped_job_keeps_its_p
 
 
 def test_modules_that_are_too_large_are_refused_before_anything_is_sent(
-    cli: Cli, job_server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    cli: Cli, job_server: str, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     write_own(tmp_path / "own", epochs=2)
     with (tmp_path / "own" / "numbers.py").open("wb") as stream:
         stream.truncate(17 << 20)
     arguments = ["submit", str(tmp_path / "own" / "own.yaml"), "--address", job_server, "--name", "large"]
     assert "have more than 16777216 bytes" in cli(*arguments, status=2).stderr
+
+
+def test_a_heads_metrics_agent_shows_how_far_a_run_is_and_its_log_is_an_object_a_line(
+    cli: Cli, nodes: RayNodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("RAY_metrics_report_interval_ms", "100")  # ten seconds by default
+    monkeypatch.setenv("CLNP_SEARCH_LOG_FORMAT", "json")
+    run = cli.start(
+        "run", "sweep.yaml", "--address", nodes.address, "--name", "scraped", "--tracking-uri", "none", "--json"
+    )
+    seen: dict[str, float] = {}
+    pattern = re.compile(r'^ray_clnp_search_(\w+)\{(?=.*run="scraped")(?:.*(?:task|group)="(\w+)")?.*\} (\S+)$', re.M)
+    while run.poll() is None:
+        with suppress(OSError), urllib.request.urlopen(nodes.metrics, timeout=5) as answer:
+            found = pattern.findall(answer.read().decode())
+            seen |= {f"{name} {of}".strip(): float(value) for name, of, value in found}
+        time.sleep(0.05)
+    logged = [json.loads(line) for line in run.communicate()[1].splitlines()]
+    assert run.returncode == 0, logged
+    assert (seen["points 0"], seen["points_done 0"], seen["points_failed 0"]) == (4, 4, 0)
+    assert seen["epoch_seconds 0"] > 0
+    assert seen["tasks_committed"] > 0
+    assert 0 <= seen["free_units hidden0"] < 48
+    assert {line["run"] for line in logged} == {"scraped"}
+    messages = [line["message"] for line in logged if line.get("task") == 1]
+    assert (messages[0], messages[-1]) == ("task planned", "task committed")
 
 
 def test_no_job_server_is_a_plain_error(cli: Cli) -> None:
