@@ -34,7 +34,7 @@ from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from clnp_search.errors import InputError
 from clnp_search.importing import IMPORT_PATH, described, imported
-from clnp_search.storage import MAX_SWEEP_BYTES, NAME_PATTERN, RunFolder, join_uri
+from clnp_search.storage import MAX_SWEEP_BYTES, NAME_PATTERN, VERSION, RunFolder, join_uri
 from clnp_search.tasks import SCENARIOS, Kind, Scenario, Wanted, kind_of
 
 if TYPE_CHECKING:
@@ -960,7 +960,12 @@ def sweep_of(folder: RunFolder) -> Sweep:
     """
     source = join_uri(folder.uri, "sweep.yaml")
     raw = _parse_yaml(folder.read_sweep(), source)
-    return parse_sweep(raw if isinstance(raw, dict) else {}, source)
+    try:
+        return parse_sweep(raw if isinstance(raw, dict) else {}, source)
+    except InputError as error:
+        if (writer := folder.written_by()) in ("", f"clnp-search {VERSION}"):
+            raise
+        raise InputError(f"{error}\nThe run was begun by {writer}; this is {VERSION}.") from error
 
 
 def _parse_yaml(text: str, source: str) -> Any:

@@ -9,6 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+# Of a run folder's files. Raised when an older version could not go on with what this one writes, or this one with what
+# an older one has written.
+SCHEMA = 1
 PointStatus = Literal["done", "failed"]
 RunStatus = Literal["running", "complete", "depleted", "failed"]
 
@@ -416,7 +419,7 @@ def summarise(name: str, status: RunStatus, seed: int, state_digest: str, tasks:
         if task.accuracy_before is not None and task.accuracy_untrained is not None
     ]
     return Summary(
-        schema=1,
+        schema=SCHEMA,
         name=name,
         status=status,
         seed=seed,

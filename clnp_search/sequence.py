@@ -422,7 +422,7 @@ class Runner:
         if fork := self._folder.read_fork():
             try:
                 take_over(self._folder, RunFolder(fork.origin), plan)
-            except (OSError, RuntimeError) as error:
+            except (InputError, OSError, RuntimeError) as error:
                 logger.warning("task %d: not all points can be taken over: %s", plan.task, error)
         self._folder.write_plan(plan)
         return plan

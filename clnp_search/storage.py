@@ -24,14 +24,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pyarrow.fs
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from clnp_search.errors import Damaged, InputError
 from clnp_search.records import (
+    SCHEMA,
     CurveStep,
     Fork,
     Holder,
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     from clnp_search.clnp.state import FreeParameters, State
 
 T = TypeVar("T")
+VERSION = metadata.version("clnp-search")
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 SHA256_BYTES = hashlib.sha256().digest_size
 # Far above what is written, and little enough to be parsed in any memory.
@@ -169,6 +172,15 @@ class RunFolder:
         if self.exists(path):
             self._filesystem.delete_file(self._at(path))
 
+    def delete_folder(self, path: str) -> None:
+        """Removes a folder with all that is in it."""
+        self._filesystem.delete_dir(self._at(path.rstrip("/")))
+
+    def sizes(self) -> dict[str, int]:
+        """The bytes of every file, by path, remnants of files that were never put in place included."""
+        infos = self._filesystem.get_file_info(pyarrow.fs.FileSelector(self._root, recursive=True))
+        return {info.path[len(self._root) + 1 :]: info.size for info in infos if info.is_file}
+
     # The run
 
     def write_sweep(self, text: str) -> None:
@@ -185,14 +197,42 @@ class RunFolder:
         """The run's resolved sweep, as YAML.
 
         Raises:
-            InputError: This is no run folder, or the file is no text.
+            InputError: This is no run folder, or one of another version, or the file is no text.
         """
+        self.check_schema()
         try:
             return self.read("sweep.yaml", MAX_SWEEP_BYTES).decode()
         except UnicodeDecodeError as error:
             raise InputError(f"{join_uri(self.uri, 'sweep.yaml')}: {error}") from error
         except FileNotFoundError:
             raise InputError(f"{self.uri}: no run folder (it has no sweep.yaml)") from None
+
+    def check_schema(self) -> None:
+        """Nothing, if this version can read what the folder holds, as far as its summary says.
+
+        Raises:
+            InputError: It cannot; says which version wrote it.
+        """
+        schema = self._peek("summary.json").get("schema", SCHEMA)
+        if schema != SCHEMA:
+            raise InputError(
+                f"{self.uri}: a run folder of schema {schema}; clnp-search {VERSION} reads schema {SCHEMA} alone. "
+                f"Use {self.written_by() or 'the version'} that wrote it."
+            )
+
+    def written_by(self) -> str:
+        """Which version of clnp-search began the run, in words; empty if that is not recorded."""
+        environment = self._peek(f"{_task(0)}/plan.json").get("environment")
+        version = environment.get("clnp_search") if isinstance(environment, dict) else None
+        return f"clnp-search {version}" if version else ""
+
+    def _peek(self, path: str) -> dict[str, Any]:
+        """What a record says, whatever its version; nothing if it is not there, or no JSON object."""
+        try:
+            found = json.loads(self.read(path))
+        except (FileNotFoundError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
 
     def write_summary(self, summary: Summary) -> None:
         """Rewrites `summary.json`."""
@@ -271,6 +311,14 @@ class RunFolder:
         """Removes a pack's checkpoint."""
         self.delete(f"{_task(task)}/packs/{pack}.safetensors")
 
+    def checkpoints(self, task: int) -> dict[str, str]:
+        """The paths of the packs' checkpoints, by pack."""
+        return self._named(f"{_task(task)}/packs")
+
+    def parameters(self, task: int) -> dict[str, str]:
+        """The paths of trained parameters, by the point's name in its round."""
+        return self._named(f"{_task(task)}/points")
+
     def write_point(self, task: int, record: PointRecord, trained: FreeParameters | None) -> None:
         """Records a finished point, with the SHA-256 of its parameters.
 
@@ -312,7 +360,8 @@ class RunFolder:
         """The parameters that a point's record stands for.
 
         Raises:
-            Damaged: The file is missing or damaged, or holds other parameters.
+            InputError: The file is of another version.
+            Damaged: It is missing or damaged, or holds other parameters.
         """
         from clnp_search.clnp.state import FreeParameters
 
@@ -395,8 +444,8 @@ class RunFolder:
         """The state after a task.
 
         Raises:
-            InputError: The task is not committed.
-            Damaged: The file is missing or damaged, or holds another state than the task's result says.
+            InputError: The task is not committed, or the file is of another version.
+            Damaged: It is missing or damaged, or holds another state than the task's result says.
         """
         from clnp_search.clnp.state import State
 
@@ -437,6 +486,11 @@ class RunFolder:
         names = (info.path[start + 1 :] for info in infos if info.is_file and not info.base_name.endswith(".tmp"))
         return tuple(f"{path}/{name}" for name in sorted(names))
 
+    def _named(self, folder: str) -> dict[str, str]:
+        """Paths of the files of tensors in a folder, by their names without the suffix."""
+        paths = (path for path in self._list(folder) if path.endswith(".safetensors"))
+        return {path.rpartition("/")[2].removesuffix(".safetensors"): path for path in paths}
+
     def _read_tensors(self, path: str, sha256: str, parse: Callable[[bytes], T]) -> T:
         where = join_uri(self.uri, path)
         try:
@@ -448,7 +502,7 @@ class RunFolder:
         try:
             return parse(data)
         except Exception as error:  # of a faulty file, any; a file of this version has none
-            raise Damaged(f"{where}: {error}") from error
+            raise self._foreign(path, str(error)) from error
 
     def _read_record(self, path: str, kind: type[T]) -> T | None:
         try:
@@ -456,27 +510,38 @@ class RunFolder:
         except FileNotFoundError:
             return None
         try:
-            record: T = _adapter(kind).validate_json(_checked(data))  # type: ignore[arg-type]  # classes are hashable
+            checked = _checked(data)
         except ValueError as error:
-            raise Damaged(
-                f"{join_uri(self.uri, path)}: damaged, changed by hand, or written by another version: {error}"
-            ) from error
+            raise Damaged(f"{join_uri(self.uri, path)}: damaged, or changed by hand: {error}") from error
+        try:
+            record: T = _adapter(kind).validate_json(checked)  # type: ignore[arg-type]  # classes are hashable
+        except ValidationError as error:
+            faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
+            raise self._foreign(path, "; ".join(faults)) from error
         if (own := _place_of(record, path)) != path:
             raise Damaged(f"{join_uri(self.uri, path)}: this is {own}, put in another place")
         return record
+
+    def _foreign(self, path: str, what: str) -> InputError:
+        """What is as it was written, and not as this version writes it."""
+        return InputError(
+            f"{join_uri(self.uri, path)}: written by another version than this one, clnp-search {VERSION} "
+            f"(the run was begun by {self.written_by() or 'an unknown one'}): {what}"
+        )
 
 
 def open_run(run: str, storage: str = "runs/") -> RunFolder:
     """The folder of a run that exists, by path, URI, or name under the storage.
 
     Raises:
-        InputError: There is none.
+        InputError: There is none, or it is of another version.
     """
     for uri in (run, join_uri(storage, run)):
         if "/" in uri or os.path.exists(uri):
             folder = RunFolder(uri)
             with _reaching(uri):
                 if folder.exists("sweep.yaml"):
+                    folder.check_schema()
                     return folder
     raise InputError(f"{run}: no run of that name under {storage}, and no run folder")
 

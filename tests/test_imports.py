@@ -17,7 +17,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 LEVELS = [
     {"__main__", "api"},
     {"cli"},
-    {"verification", "planning", "branching"},
+    {"verification", "planning", "branching", "cleaning"},
     {"baseline"},
     {"sequence"},
     {"agreement", "listener"},

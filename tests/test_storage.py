@@ -279,10 +279,10 @@ def test_a_record_changed_by_hand_is_refused(folder: RunFolder) -> None:
     folder.write_selection(0, Selection(0.9848, 0.0005, 9843, (0, 2), 2, ()))
     path = path_of(folder, "tasks/000/selection.json")
     path.write_text(path.read_text().replace('"chosen": 2', '"chosen": 0'))
-    with pytest.raises(Damaged, match=r"selection.json: damaged, changed by hand"):
+    with pytest.raises(Damaged, match=r"selection.json: damaged, or changed by hand"):
         folder.read_selection(0)
     path.write_text(json.dumps(json.loads(path.read_text()), indent=1) + "\n")  # not the same file, whatever it says
-    with pytest.raises(Damaged, match=r"selection.json: damaged, changed by hand"):
+    with pytest.raises(Damaged, match=r"selection.json: damaged, or changed by hand"):
         folder.read_selection(0)
 
 
@@ -309,7 +309,9 @@ def test_damaged_missing_or_other_parameters_raise_with_their_path(folder: RunFo
 def test_what_no_parser_takes_raises_with_its_path(folder: RunFolder) -> None:
     folder.write("tasks/000/points/p000.safetensors", b"nothing")
     record = make_record(0, 1, parameters_sha256=hashlib.sha256(b"nothing").hexdigest())
-    with pytest.raises(Damaged, match=r"tasks/000/points/p000.safetensors: not a trained point"):
+    with pytest.raises(
+        InputError, match=r"tasks/000/points/p000.safetensors: written by another .*: not a trained point"
+    ):
         folder.read_trained(0, record)
 
 

@@ -25,6 +25,7 @@ from typer.exceptions import TyperException
 
 from clnp_search.cli import logs
 from clnp_search.cli.console import DONE, FAILED, INPUT_WRONG, INTERRUPTED, as_typed, count, err, out, print_json
+from clnp_search.cli.gc import gc
 from clnp_search.cli.models import evaluate, export, register, verify
 from clnp_search.cli.network import network
 from clnp_search.cli.options import (
@@ -292,6 +293,7 @@ for command in (
     register,
     report,
     submit,
+    gc,
     ui,
     schema,
 ):
