@@ -363,9 +363,9 @@ def chosen(graph: Graph, node: Node, tensors: Tensors, rows: Units, columns: Uni
     row_index = None if node.groups == (CLASSES,) else graph.index(node.groups, rows)
     cut = {}
     for name, tensor in tensors.items():
-        part = tensor if row_index is None else tensor[row_index]
+        part = tensor if row_index is None else tensor.index_select(0, row_index)
         if name in node.op.MATRICES:
-            part = part[:, graph.index(graph.source(node).groups, columns)]
+            part = part.index_select(1, graph.index(graph.source(node).groups, columns))
         cut[name] = part
     return cut
 

@@ -73,7 +73,7 @@ class Subnetwork(nn.Module):
         channels = raw.reshape(raw.shape[0], len(self.mean), -1).to(torch.float32)
         values = ((channels - self.mean) / self.std).flatten(1)
         if self.permutation is not None:
-            values = values[:, self.permutation]
+            values = values.index_select(1, self.permutation)
         return values.reshape(-1, *self.info.transform.shape)
 
     @property

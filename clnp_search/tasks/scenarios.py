@@ -159,7 +159,13 @@ class Scenario:
             permutation = torch.randperm(values, generator=generator(self.seed, "permutation", index))
         transform = InputTransform(*self._mean_and_std, self.input_shape, permutation)
         info = TaskInfo(task.name, self.num_classes(index), raw.train_inputs.shape[1:], transform)
-        return TaskData(info, train, validation, _select(task, raw, raw.test_inputs, raw.test_labels))
+        return TaskData(info, train, validation, self.test(index))
+
+    def test(self, index: int) -> Split:
+        """The test samples of the task at `index` alone."""
+        task = self.tasks[index]
+        raw = self.sets[task.source]
+        return _select(task, raw, raw.test_inputs, raw.test_labels)
 
     def _training_splits(self, task: Task) -> tuple[Split, Split]:
         import torch
