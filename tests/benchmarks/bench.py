@@ -613,6 +613,8 @@ def many_points(options: Options) -> Iterator[Row]:
     wall = found[many].seconds - found[few].seconds
     detail = f"{wall:.0f} s more than {few} points, of which trials computed {busy:.0f} s on {CORES} cores"
     yield Row("overhead a point [ms]", 1e3 * (wall - busy) / (many - few), high=50, detail=detail)
+    cpu = 1e3 * (found[many].cpu - found[few].cpu) / (many - few)
+    yield Row("CPU of the driver a point [ms]", cpu, high=50, detail="the same where nothing else runs")
     most, least = (max(found[num].resident) for num in (many, few))
     detail = f"{most / 2**20:.0f} MiB / {least / 2**20:.0f} MiB at most"
     yield Row(f"the driver's memory, over that with {few} points", most / least, high=1.25, detail=detail)
@@ -648,10 +650,11 @@ def many_sequences(options: Options) -> Iterator[Row]:
 
 @dataclass(frozen=True)
 class Watched:
-    """A whole command: how long it took, when it ended, and its resident bytes, some of them a second."""
+    """A whole command: its seconds, when it ended, its seconds of CPU, and its resident bytes, some a second."""
 
     seconds: float
     ended: float
+    cpu: float
     resident: list[int]
 
 
@@ -670,18 +673,20 @@ def _tiny(folder: str, tasks: int) -> dict[str, Any]:
 def _watched(sweep: dict[str, Any], name: str, folder: str) -> Watched:
     path = Path(folder, f"{name}.yaml")
     path.write_text(json.dumps(sweep))
-    started, resident = time.perf_counter(), []
+    started, resident, cpu = time.perf_counter(), [], 0.0
     command = [sys.executable, "-m", "clnp_search", "run", str(path), "--name", name, "--json"]
     with Path(folder, "said").open("w+") as said:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said)
         while process.poll() is None:
-            with suppress(OSError, KeyError):  # it ends meanwhile
+            with suppress(OSError, KeyError, IndexError):  # it ends meanwhile
                 resident.append(_resident("VmRSS", process.pid))
+                fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+                cpu = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
             time.sleep(0.25)
         if process.returncode:
             said.seek(0)
             raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}:\n{said.read()[-2000:]}")
-    return Watched(time.perf_counter() - started, time.time(), resident)
+    return Watched(time.perf_counter() - started, time.time(), cpu, resident)
 
 
 def _database(folder: str, query: str) -> list[Any]:
