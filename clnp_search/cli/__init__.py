@@ -130,6 +130,7 @@ def program(
     ] = LogFormat.TEXT,
 ) -> None:
     """Options of the program itself, before the command."""
+    os.environ[logs.VARIABLE] = log_format.value  # for what this process starts
     if log_format is LogFormat.JSON:
         logs.use_json()
 

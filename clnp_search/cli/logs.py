@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -26,8 +25,7 @@ _context: dict[str, Any] = {}  # the run and the task that this process is at
 
 
 def use_json() -> None:
-    """Has this process, and those that it starts, say everything as JSON from now on."""
-    os.environ[VARIABLE] = "json"
+    """Has this process say everything as JSON from now on."""
     for handler in logging.getLogger().handlers:
         handler.setFormatter(JsonFormatter())
     package = logging.getLogger("clnp_search")
@@ -38,7 +36,7 @@ def use_json() -> None:
 
 def is_json() -> bool:
     """Whether this process says everything as JSON."""
-    return os.environ.get(VARIABLE) == "json"
+    return isinstance(err.file, _Lines)
 
 
 def relay(text: str) -> None:

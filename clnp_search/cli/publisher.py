@@ -37,6 +37,9 @@ class Publisher(Listener):
         self.unavailable = ""  # or why the last projection was not written
         self._busy = False
         self._folder, self._sweep = folder, sweep
+        self._tracker: MlflowTracker | None = None
+        self._drawn: Summary | None = None  # of which all figures are there
+        self._drawn_at = -math.inf
         self._events: queue.SimpleQueue[Summary | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="publisher", daemon=True)
 
@@ -49,9 +52,10 @@ class Publisher(Listener):
     ) -> None:
         if kind is not None and not issubclass(kind, Exception):
             return  # an interrupt, which waits for no server: what is not written yet, a resume writes
-        self._events.put(self._folder.read_summary())
         self._events.put(None)
         self._thread.join()
+        if (summary := self._folder.read_summary()) is not None:
+            self._publish(summary)  # what is left, here: nothing else needs the cores any more
 
     def state(self) -> str:
         """How MLflow is doing, in words; nothing if runs are not logged."""
@@ -76,28 +80,30 @@ class Publisher(Listener):
     def _work(self) -> None:
         if sys.platform == "linux":  # where a thread has a priority of its own: packs that train go before figures
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
-        tracker: MlflowTracker | None = None
-        drawn_at = -math.inf
         while (summary := self._newest()) is not None:
-            # Imported with the first event: until then the search's own start needs the cores.
-            from clnp_search.report.figures import draw_run
-            from clnp_search.tracking.mlflow import MlflowTracker
+            self._publish(summary)
 
-            self._busy = True
-            try:
-                if summary.tasks:
-                    # The interpreter is shared with the search, whose tasks may take no longer than a figure of all.
-                    whole = summary.status != "running" or time.monotonic() - drawn_at >= DRAW_EVERY_S
-                    draw_run(self._folder, summary, whole)
-                    drawn_at = time.monotonic() if whole else drawn_at
-                if self._sweep.tracking.uri != "none":
-                    tracker = tracker or MlflowTracker(self._folder, self._sweep)
-                    tracker.sync(summary, superseded=lambda: not self._events.empty())
-                self.unavailable = ""
-            except Exception as error:  # whatever it is, the search goes on and the run folder keeps the records
-                self.unavailable = f"{type(error).__name__}: {error}"
-                logger.debug("not published", exc_info=True)
-            self._busy = False
+    def _publish(self, summary: Summary) -> None:
+        # Imported with the first event: until then the search's own start needs the cores.
+        from clnp_search.report.figures import draw_run
+        from clnp_search.tracking.mlflow import MlflowTracker
+
+        self._busy = True
+        try:
+            if summary.tasks and summary != self._drawn:
+                # The interpreter is shared with the search, whose tasks may take no longer than a figure of all.
+                whole = summary.status != "running" or time.monotonic() - self._drawn_at >= DRAW_EVERY_S
+                draw_run(self._folder, summary, whole)
+                if whole:
+                    self._drawn, self._drawn_at = summary, time.monotonic()
+            if self._sweep.tracking.uri != "none":
+                self._tracker = self._tracker or MlflowTracker(self._folder, self._sweep)
+                self._tracker.sync(summary, superseded=lambda: not self._events.empty())
+            self.unavailable = ""
+        except Exception as error:  # whatever it is, the search goes on and the run folder keeps the records
+            self.unavailable = f"{type(error).__name__}: {error}"
+            logger.debug("not published", exc_info=True)
+        self._busy = False
 
     def _newest(self) -> Summary | None:
         """The last event that waits: a projection of it includes those before. None is the end and comes last."""

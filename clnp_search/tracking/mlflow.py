@@ -87,7 +87,7 @@ class MlflowTracker:
             summary: How far to go, if not as far as the folder: a task is closed in MLflow with the figures that are
                 there, so draw those of the summary's tasks first.
             superseded: Whether a later sync waits. Points of a task that has not chosen are then left to it, which may
-                log training and choice at once.
+                log training and choice at once; and so is what comes after the next task.
 
         Raises:
             TrackingUnavailable: MLflow cannot be reached, or refuses; the message says why.
@@ -139,7 +139,8 @@ class MlflowTracker:
             store.upload(sequence, {"sweep.yaml": folder.read_sweep().encode()})
             store.log(sequence, [], _settings(self._sweep))
         for index in range(len(results) + 1):
-            self._project_task(store, sequence, index, results, state == "failed", superseded)
+            if self._project_task(store, sequence, index, results, state == "failed", superseded) and superseded():
+                return
         # A step is logged in order, so that it is complete with its last metric.
         steps = [index for index in range(len(results)) if store.missing(sequence, [(f"test/task{index}", 0.0, index)])]
         metrics = [metric for index in steps for metric in _sequence_metrics(results[: index + 1])]
@@ -159,12 +160,13 @@ class MlflowTracker:
         results: Sequence[TaskResult],
         failed: bool,
         superseded: Callable[[], bool],
-    ) -> None:
+    ) -> bool:
+        """Logs what is new of a task; gives whether it is closed now, and was not before."""
         name, folder = f"{index:03d}", self._folder
         known = store.find(name)
         plan = None if known and known.status == "FINISHED" else folder.read_plan(index)
         if plan is None:
-            return
+            return False
         result = results[index] if index < len(results) else None
         run = store.run(name, f"task {index}: {plan.name}", self._tags("task", index), sequence, plan.started)
         selection = folder.read_selection(index) if result else None
@@ -174,7 +176,7 @@ class MlflowTracker:
             self._project_point(store, run, plan, point, selection, tuple(result.units) if result else ())
         if result is None or selection is None:
             store.set_status(run, "FAILED" if failed else "RUNNING")
-            return
+            return False
         subnetwork = Subnetwork(folder.read_state(index), index).to_bytes(".safetensors")
         store.upload(run, self._artifacts(index) | {"subnetwork.safetensors": subnetwork})
         selected = result.selected
@@ -190,6 +192,7 @@ class MlflowTracker:
             except ValueError as error:
                 store.log(run, [], tags={"clnp.model": f"not exported: {error}"})
         store.set_status(run, "FINISHED", result.ended)
+        return True
 
     def _log_model(self, store: _Store, index: int) -> LoggedModel:
         """A committed task's model, which is logged if it is not there.

@@ -342,8 +342,11 @@ def test_a_sync_that_is_superseded_leaves_the_points_of_an_open_task_to_the_next
             break
     tracker = MlflowTracker(folder, sweep)
     tracker.sync(superseded=lambda: True)
+    assert {title.partition("/")[0] for title in runs_of(sweep)} == {"run", "task 0: task-0"}
+    tracker.sync(superseded=lambda: True)
     points = [title.partition("/")[0] for title in runs_of(sweep) if "/" in title]
     assert points == ["task 0: task-0"] * 4
+    assert runs_of(sweep)["task 1: task-1"].info.status == "RUNNING"
     tracker.sync()
     assert len([title for title in runs_of(sweep) if "/" in title]) == 8
 
