@@ -17,7 +17,6 @@ from dataclasses import asdict
 from enum import StrEnum
 from functools import partial
 from importlib import metadata
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
@@ -243,10 +242,6 @@ def submit(
     storage: RunStorage = None,
     tracking_uri: TrackingUri = None,
     follow: Annotated[bool, typer.Option("--follow/--detach", help="Show the job's log until it ends.")] = True,
-    requirements: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Have uv install these for the job. Default: what the nodes have."),
-    ] = None,
     stop: Annotated[
         bool, typer.Option("--stop", help="Stop the job of this sweep and name; every finished point is kept.")
     ] = False,
@@ -267,7 +262,7 @@ def submit(
         print_json(asdict(job) | {"status": status}) if as_json else out.print(f"{job.submission_id}: {status}")
         return
     environment = {logs.VARIABLE: "json"} if logs.is_json() else {}
-    job = submit_run(sweep, name, address, environment, requirements)
+    job = submit_run(sweep, name, address, environment)
     if not follow:
         print_json(asdict(job)) if as_json else out.print(f"submitted as {job.submission_id} to {job.address}")
         return

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from clnp_search.config import ModuleConfig, Sweep
 from clnp_search.errors import InputError, MachineFault
@@ -63,16 +62,13 @@ def job_of(sweep: Sweep, name: str, address: str) -> Job:
     return Job(address, f"clnp-{name}-{hashlib.sha256(sweep.to_yaml().encode()).hexdigest()[:12]}")
 
 
-def submit_run(
-    sweep: Sweep, name: str, address: str, environment: dict[str, str], requirements: Path | None = None
-) -> Job:
+def submit_run(sweep: Sweep, name: str, address: str, environment: dict[str, str]) -> Job:
     """Sends a run to a cluster; one that is there already is not sent again.
 
     With the sweep go the user's own modules, if it names any, and no data.
 
     Args:
         environment: Variables that it shall have.
-        requirements: A requirements file, whose packages uv installs for this job beside what the nodes have.
 
     Raises:
         InputError: No job server answers there, the `cluster` extra is not installed, or there is too much to send.
@@ -80,16 +76,8 @@ def submit_run(
     """
     client = _client(address)
     job = job_of(sweep, name, address)
-    runtime_env: dict[str, Any] = {
-        # An interrupt, and time to act on it: a stopped job keeps every finished point.
-        "env_vars": {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "60"} | environment,
-    }
-    if requirements is not None:
-        try:
-            lines = [line.partition(" #")[0].strip() for line in requirements.read_text(encoding="utf-8").splitlines()]
-        except (OSError, ValueError) as error:
-            raise InputError(f"--requirements {requirements}: cannot be read: {error}") from error
-        runtime_env["uv"] = [line for line in lines if line and not line.startswith("#")]
+    # An interrupt, and time to act on it: a stopped job keeps every finished point.
+    variables = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "60"} | environment
     known = {details.submission_id: details.status for details in client.list_jobs()}
     if job.submission_id in known:
         if not known[job.submission_id].is_terminal() or known[job.submission_id].value == "SUCCEEDED":
@@ -103,7 +91,7 @@ def submit_run(
                 client.submit_job(
                     entrypoint=f"python -m clnp_search run sweep.yaml --name {name} --address auto",
                     submission_id=job.submission_id,
-                    runtime_env={"working_dir": folder, **runtime_env},
+                    runtime_env={"working_dir": folder, "env_vars": variables},
                 )
                 break
             except RuntimeError as error:  # a server that is up answers before its agents, which start jobs, are
