@@ -229,10 +229,10 @@ class RunFolder:
     def _peek(self, path: str) -> dict[str, Any]:
         """What a record says, whatever its version; nothing if it is not there, or no JSON object."""
         try:
-            found = json.loads(self.read(path))
-        except (FileNotFoundError, ValueError):
+            found: dict[str, Any] = _adapter(dict[str, Any]).validate_json(self.read(path, MAX_RECORD_BYTES))
+        except (Damaged, FileNotFoundError, ValueError):
             return {}
-        return found if isinstance(found, dict) else {}
+        return found
 
     def write_summary(self, summary: Summary) -> None:
         """Rewrites `summary.json`."""
