@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import socket
-import subprocess
 import sys
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from mlflow import MlflowClient
+from servers import HEAD, end, free_port, start, until_up
 
 from clnp_search.config import Sweep, TrackingConfig
 
@@ -45,25 +42,13 @@ def at(sweep: Sweep, uri: str, models: bool = False) -> Sweep:
 @contextmanager
 def answering(folder: Path, port: int, *options: object, **env: str) -> Iterator[str]:
     """A process of MLflow's command line, with its log in a folder; gives its address once it answers there."""
-    command = [sys.executable, "-m", "mlflow", *map(str, options), "--host", "127.0.0.1", "--port", str(port)]
-    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **env}
-    uri = f"http://127.0.0.1:{port}"
-    with open(folder / f"{options[0]}.log", "wb") as log:
-        process = subprocess.Popen(
-            command, env=environment, cwd=folder, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        try:
-            for _ in range(600):
-                try:
-                    urllib.request.urlopen(f"{uri}/health", timeout=1).close()
-                    break
-                except OSError:
-                    with pytest.raises(subprocess.TimeoutExpired):  # it is still running
-                        process.wait(0.2)
-            yield uri
-        finally:
-            os.killpg(process.pid, signal.SIGTERM)  # it and its worker, nothing else
-            process.wait(60)
+    uri, log = f"http://{HEAD}:{port}", folder / f"{options[0]}.log"
+    process = start(log, sys.executable, "-m", "mlflow", *options, "--host", HEAD, "--port", port, **env)
+    try:
+        until_up(process, log, lambda: urllib.request.urlopen(f"{uri}/health", timeout=5).close())
+        yield uri
+    finally:
+        end(process)
 
 
 def server(database: str, folder: Path, port: int) -> AbstractContextManager[str]:
@@ -73,10 +58,25 @@ def server(database: str, folder: Path, port: int) -> AbstractContextManager[str
     return answering(folder, port, "server", "--workers", 1, *store)
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+class TrackingServer:
+    """A tracking server that can be taken away and brought back.
+
+    Args:
+        folder: For its files and its log.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._port = folder, free_port()
+        self._running = ExitStack()
+        self.uri = f"http://{HEAD}:{self._port}"
+
+    def start(self) -> None:
+        """Brings it (back), with what was in it."""
+        self._running.enter_context(server(f"sqlite:///{self._folder}/served.db", self._folder, self._port))
+
+    def kill(self) -> None:
+        """Takes it away."""
+        self._running.close()
 
 
 class Killed(BaseException):

@@ -174,28 +174,3 @@ class ObjectStore:
         keys = {"access_key": self.client["AWS_ACCESS_KEY_ID"], "secret_key": self.client["AWS_SECRET_ACCESS_KEY"]}
         host = self.endpoint.removeprefix("http://")
         S3FileSystem(**keys, endpoint_override=host, scheme="http").get_file_info(FileSelector("clnp"))
-
-
-class TrackingServer:
-    """MLflow's server on an SQLite database, which can be taken away and brought back.
-
-    Args:
-        folder: For its files and its log.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._log = folder / "mlflow.log"
-        port = free_port()
-        self.uri = f"http://{HEAD}:{port}"
-        database = f"sqlite:///{folder}/served.db"
-        self._command = (sys.executable, "-m", "mlflow", "server", "--backend-store-uri", database, "--workers", "1")
-        self._command += ("--artifacts-destination", folder / "served", "--host", HEAD, "--port", str(port))
-
-    def start(self) -> None:
-        """Brings it (back), with what was in it."""
-        self._process = start(self._log, *self._command)
-        until_up(self._process, self._log, lambda: urllib.request.urlopen(f"{self.uri}/health", timeout=5).close())
-
-    def kill(self) -> None:
-        """Takes it away."""
-        end(self._process)

@@ -19,7 +19,8 @@ from pathlib import Path
 import pytest
 from command_line import Cli, descendants, kill_everything, wait_until
 from mlflow_content import snapshot
-from servers import ObjectStore, RayNodes, TrackingServer
+from mlflow_store import TrackingServer
+from servers import ObjectStore, RayNodes
 
 from clnp_search.config import TrackingConfig, sweep_of
 from clnp_search.storage import RunFolder, join_uri
