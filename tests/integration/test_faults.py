@@ -20,7 +20,7 @@ import pytest
 from command_line import Cli, descendants, kill_everything, wait_until
 from mlflow_content import snapshot
 from mlflow_store import TrackingServer
-from servers import ObjectStore, RayNodes
+from servers import ObjectStore, RayNodes, end
 
 from clnp_search.config import TrackingConfig, sweep_of
 from clnp_search.storage import RunFolder, join_uri
@@ -333,7 +333,8 @@ def test_fifty_random_kills(
         victim = chance.choice(("driver", "worker", "node", "MLflow", "storage"))
         time.sleep(chance.uniform(0, 3))
         if process.poll() is not None:
-            assert process.returncode in (1, -signal.SIGKILL), process.communicate()[1]
+            status, errors = ended(process)
+            assert status in (1, -signal.SIGKILL), errors
             run.look()
             process = cli.start("resume", run.folder.uri, *places[2:])
             continue
@@ -345,11 +346,10 @@ def test_fifty_random_kills(
                 continue
             os.kill(chance.choice(busy), signal.SIGKILL)
         elif victim == "node":
-            kill_everything(nodes.workers.pop(chance.randrange(2)))
+            end(nodes.workers.pop(chance.randrange(2)))
             nodes.add()
         elif victim == "driver":
             process.kill()
-            process.wait()
         else:
             away = store if victim == "storage" else server
             away.kill()
