@@ -606,7 +606,8 @@ class TrackingConfig(_Section):
     uri: Text = "sqlite:///mlflow.db"
     """MLflow tracking URI; `none` switches tracking off."""
     models: StrictBool = True
-    """Log each committed task's network as an MLflow model (extra `onnx`); else `clnp-search register` does it."""
+    """Log the network of every task as an MLflow model when the sequence ends (extra `onnx`); else `clnp-search
+    register` does it."""
 
 
 class Sweep(_Section):

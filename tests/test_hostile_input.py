@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from builders import make_network, make_point, make_record, make_result, make_scan, make_state, make_sweep, make_trained
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -42,6 +43,12 @@ from clnp_search.storage import RunFolder, _sealed, run_folder
 # What is not as it was written, and what is, and is not as this version writes it.
 REFUSED = (Damaged, InputError)
 FEW = settings(derandomize=True, max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def subnormal_numbers() -> None:
+    """All floats are there, whatever an earlier test has trained in this process."""
+    torch.set_flush_denormal(False)
 
 
 @pytest.fixture(scope="module")

@@ -118,10 +118,8 @@ class MlflowTracker:
         registered = []
         for result in self._folder.read_results():
             model = self._log_model(self._store, result.index)
-            run = self._store.find(f"{result.index:03d}")
-            assert run is not None
             alias = f"task-{result.index}"
-            version = self._store.register(run, model, name, alias)
+            version = self._store.register(self._store.task(result.index), model, name, alias)
             registered.append(RegisteredModel(result.index, name, alias, int(version), model.model_id))
         return registered
 
@@ -141,6 +139,8 @@ class MlflowTracker:
         for index in range(len(results) + 1):
             if self._project_task(store, sequence, index, results, state == "failed", superseded) and superseded():
                 return
+        if state != "running" and sequence.status != STATUS[state] and self._sweep.tracking.models:
+            self._log_models(store, 0 if missing_packages() else len(results))
         # A step is logged in order, so that it is complete with its last metric.
         steps = [index for index in range(len(results)) if store.missing(sequence, [(f"test/task{index}", 0.0, index)])]
         metrics = [metric for index in steps for metric in _sequence_metrics(results[: index + 1])]
@@ -186,13 +186,16 @@ class MlflowTracker:
         metrics = [(key, value, index) for key, value, _ in values]
         note = "\n".join(f"- {reason}" for reason in selection.reasons)
         store.log(run, metrics, params, {"clnp.digest": result.digest, "mlflow.note.content": note})
-        if self._sweep.tracking.models and not missing_packages():
+        store.set_status(run, "FINISHED", result.ended)
+        return True
+
+    def _log_models(self, store: _Store, num_tasks: int) -> None:
+        """Logs the models of committed tasks that are not there; of one that cannot be exported, its run says why."""
+        for index in range(num_tasks):
             try:
                 self._log_model(store, index)
             except ValueError as error:
-                store.log(run, [], tags={"clnp.model": f"not exported: {error}"})
-        store.set_status(run, "FINISHED", result.ended)
-        return True
+                store.log(store.task(index), [], tags={"clnp.model": f"not exported: {error}"})
 
     def _log_model(self, store: _Store, index: int) -> LoggedModel:
         """A committed task's model, which is logged if it is not there.
@@ -200,8 +203,7 @@ class MlflowTracker:
         Raises:
             ValueError: The network cannot be exported.
         """
-        run = store.find(f"{index:03d}")
-        assert run is not None
+        run = store.task(index)
         model = store.model(run)
         if model is None or model.status != "READY":
             if index not in self._exported:  # one process exports all tasks that wait
@@ -448,6 +450,10 @@ class _Store:
     def find(self, name: str) -> _Run | None:
         """A run, if it is there."""
         return self._runs.get(name)
+
+    def task(self, index: int) -> _Run:
+        """The run of a committed task, which is there."""
+        return self._runs[f"{index:03d}"]
 
     @_tracking()
     def run(
