@@ -666,7 +666,7 @@ def _tiny(folder: str, tasks: int) -> dict[str, Any]:
         "training": {"epochs": 1},
         "forgetting": {"margin": "1%", "theta": "global"},
         "storage": folder,
-        "tracking": {"uri": f"sqlite:///{folder}/mlflow.db"},
+        "tracking": {"uri": f"sqlite:///{folder}/mlflow.db", "models": False},
     }
 
 
