@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before ray and mlflow are imported by anything.
@@ -11,6 +12,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("DO_NOT_TRACK", "true")
 
+import command_line
 import pytest
 import torch
 from in_process import SWEEP, run_in_process
@@ -51,3 +53,12 @@ def copy(whole: RunFolder, tmp_path: Path) -> RunFolder:
     assert whole.local_path is not None
     shutil.copytree(whole.local_path, tmp_path / "whole")
     return run_folder(str(tmp_path), "whole")
+
+
+@pytest.fixture
+def cli(tmp_path: Path) -> Iterator[command_line.Cli]:
+    """The command line in a folder of its own with `sweep.yaml`."""
+    (tmp_path / "sweep.yaml").write_text(command_line.SWEEP)
+    cli = command_line.Cli(tmp_path)
+    yield cli
+    cli.end()

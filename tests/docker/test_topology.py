@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from command_line import SWEEP, Cli, descendants, kill_everything, wait_until
+from command_line import Cli, descendants, kill_everything, wait_until
 
 from clnp_search.storage import RunFolder
 
@@ -23,14 +23,6 @@ pytest.importorskip("ray.job_submission")
 
 LOCAL = Path(__file__).resolve().parents[2] / "docker" / "local.py"
 SMALL = ("--set", "scenario.tasks=2", "--set", "training.epochs=2", "--set", "search.alpha=[1e-5]")
-
-
-@pytest.fixture
-def cli(tmp_path: Path) -> Iterator[Cli]:
-    (tmp_path / "sweep.yaml").write_text(SWEEP)
-    cli = Cli(tmp_path)
-    yield cli
-    cli.end()
 
 
 @pytest.fixture

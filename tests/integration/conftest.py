@@ -29,3 +29,9 @@ def finished(cli: Cli) -> Path:
     """The folder of an undisturbed run of `sweep.yaml`."""
     cli("run", "sweep.yaml", "--name", "undisturbed")
     return cli.folder / "runs" / "undisturbed"
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An SQLite store of a file's tests, for making its tables takes seconds; each has its own experiment."""
+    return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"

@@ -42,12 +42,6 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-@pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """An SQLite store that all tests share, because making its tables takes seconds; each has its own experiment."""
-    return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
-
-
 @pytest.fixture
 def sweep(database: str, request: pytest.FixtureRequest) -> Sweep:
     return at(make_sweep(name=request.node.name[:90].rstrip("]").replace("[", "-")), database)

@@ -32,12 +32,6 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-@pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """An SQLite store that the tests share; each has its own experiment."""
-    return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
-
-
 @pytest.fixture
 def sweep(database: str, request: pytest.FixtureRequest) -> Sweep:
     return at(SWEEP.model_copy(update={"name": request.node.name}), database, models=True)

@@ -14,7 +14,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import requests
-from command_line import SWEEP, Cli
+from command_line import Cli
 from mlflow import MlflowClient
 from mlflow_store import answering, free_port
 
@@ -75,14 +75,6 @@ def team_server(local: ModuleType) -> Iterator[str]:
                 yield uri
         finally:
             servers.end()
-
-
-@pytest.fixture
-def cli(tmp_path: Path) -> Iterator[Cli]:
-    (tmp_path / "sweep.yaml").write_text(SWEEP)
-    cli = Cli(tmp_path)
-    yield cli
-    cli.end()
 
 
 def sign_in(monkeypatch: pytest.MonkeyPatch, user: tuple[str, str]) -> None:
