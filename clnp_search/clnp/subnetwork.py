@@ -8,6 +8,8 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
 
 import safetensors.torch
 import torch
@@ -18,6 +20,7 @@ from clnp_search.clnp.pack import evaluation_batch
 from clnp_search.clnp.state import State, tensors_digest
 
 EXPORT_SUFFIXES = (".safetensors", ".onnx", ".pt2")
+SMALL_FLOP = 100_000_000  # about a millisecond of one core
 
 
 class Subnetwork(nn.Module):
@@ -86,7 +89,7 @@ class Subnetwork(nn.Module):
     def predictions(self, raw: Tensor) -> Tensor:
         """Predicted classes [N] int64 of raw samples [N, ...], in batches of one fixed size."""
         size = evaluation_batch(self.graph)
-        with torch.inference_mode():
+        with torch.inference_mode(), _threads(min(size, len(raw)) * self._flop):
             return torch.cat([self(part).argmax(1) for part in raw.split(size)])
 
     def num_correct(self, raw: Tensor, labels: Tensor) -> int:
@@ -128,6 +131,11 @@ class Subnetwork(nn.Module):
             return program.model_proto.SerializeToString()
         raise ValueError(f"{suffix!r} is no export format; choose one of {', '.join(EXPORT_SUFFIXES)}")
 
+    @cached_property
+    def _flop(self) -> int:
+        units = {group: len(units) for group, units in self.units.items()}
+        return sum(self.graph.flop(units, self.info.num_classes).values())
+
     def _seen(self, state: State, task: int) -> Tensor:
         """Which of its columns the head reads [columns]: with a single head, not what other tasks grew."""
         visible = state.visible(task)
@@ -138,6 +146,19 @@ class Subnetwork(nn.Module):
 def subnetworks(state: State) -> Iterator[Subnetwork]:
     """The subnetworks of all committed tasks, in order."""
     return (Subnetwork(state, task) for task in range(state.num_tasks))
+
+
+@contextmanager
+def _threads(flop: int) -> Iterator[None]:
+    """Inside, one thread computes if there is little to compute: threads wait for one another, and that takes ten times
+    as long as the work itself where other processes have the cores.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if flop < SMALL_FLOP else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _place(root: nn.Module, path: str, tensors: dict[str, Tensor]) -> nn.Module:
