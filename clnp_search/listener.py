@@ -10,6 +10,9 @@ from clnp_search.records import PackProgress, PointRecord, Summary, TaskPlan
 class Listener:
     """What is told how a sequence goes on; each method may be left as it is."""
 
+    def loaded(self, samples: Sequence[int]) -> None:
+        """The data set is there: how many samples each task trains on."""
+
     def task_planned(self, plan: TaskPlan, finished: Sequence[PointRecord]) -> None:
         """A task's grid is decided; some of its points may be recorded already."""
 

@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import cached_property, partial
 from importlib.metadata import version
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -111,6 +112,11 @@ class TaskSequence:
     def key(self, state: State, index: int, point: Point) -> str:
         """The hash of all that a point's result depends on, besides the machine."""
         return point_key(state.digest, self.task(index), self.data_digest(index), self.sweep, point)
+
+    def num_samples(self) -> list[int]:
+        """How many samples each task is trained on: its own, or those of all tasks so far."""
+        own = [self.scenario.num_train(index) for index in range(len(self))]
+        return [*accumulate(own)] if self.sweep.method == "joint" else own
 
     def data_digest(self, index: int) -> str:
         """SHA-256 of the samples and splits of the task at `index`, and of how its network sees them; of all tasks so
@@ -255,6 +261,9 @@ class Runner:
         """Task after task; asks for packs to be trained, after which each of their points has its record."""
         results = self._folder.read_results()
         self._check_plans(results)
+        samples = self._sequence.num_samples()
+        for listener in self._listeners:
+            listener.loaded(samples)
         state = self._folder.read_state(len(results) - 1) if results else self._sequence.empty_state()
         summary = self._write_summary(results, state)
         try:

@@ -124,6 +124,22 @@ def test_a_task_that_goes_on_after_others_is_estimated_by_their_pace(clock: Cloc
     assert line == "task 0 of 3 (first): 4 points in 2 packs; about 2:00 left"
 
 
+def test_what_remains_goes_by_the_sizes_of_the_tasks(clock: Clock) -> None:
+    def happen(seen: LiveView) -> None:
+        seen.loaded([9000, 1000, 500])
+        training(clock, 90)(seen)  # a quarter of the first task
+
+    assert any("about 5:30 left" in line for line in shown(happen))  # 4:30 of it, a minute of the others
+    earlier = [make_result(0, (0.9,), {}, seconds=360.0)]
+
+    def goes_on(seen: LiveView) -> None:
+        seen.loaded([9000, 1000, 500])
+        seen.task_planned(TaskPlan(**(vars(PLAN) | {"task": 1})), [])
+
+    [_, line] = shown(goes_on, terminal=False, results=earlier)
+    assert line.endswith("about 1:00 left")
+
+
 def test_failed_points_are_named_while_others_still_train(clock: Clock) -> None:
     lines = shown(training(clock, 30, PackProgress({0: 10}, failed=(1, 3))))
     assert "failed 2 points: p001, p003" in lines

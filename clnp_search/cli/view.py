@@ -47,7 +47,9 @@ class LiveView(Listener):
         self._grows = sweep.method == "clnp"  # a baseline uses all units at once, and has nothing to say of them
         self._units: Mapping[str, Units] = results[-1].units if results and self._grows else {}
         self._tasks_done = len(results)
-        self._point_s = results[-1].seconds / results[-1].points if results else None  # what one of the last task took
+        self._samples: Sequence[int] = ()  # that each task trains on
+        # Of the last task, what a point took.
+        self._pace = (results[-1].index, results[-1].seconds / results[-1].points) if results else None
         self._stage = "starting Ray"
         self._plan: TaskPlan | None = None
         self._records: dict[int, PointRecord] = {}  # of this task, by point, as far as they are known here
@@ -70,6 +72,10 @@ class LiveView(Listener):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._live.stop()
+
+    def loaded(self, samples: Sequence[int]) -> None:
+        """Has estimates go by the tasks' sizes."""
+        self._samples = samples
 
     def task_planned(self, plan: TaskPlan, finished: Sequence[PointRecord]) -> None:
         """Shows the task."""
@@ -107,7 +113,7 @@ class LiveView(Listener):
     def committed(self, summary: Summary, seconds: float) -> None:
         """Shows what the task chose, and which units become scarce."""
         result = summary.tasks[-1]
-        self._point_s = seconds / result.points
+        self._pace = (result.index, seconds / result.points)
         self._units, self._tasks_done = result.units if self._grows else {}, len(summary.tasks)
         free = f"{_free(_all(result.units))}, " if self._grows else ""
         self._line(
@@ -142,7 +148,7 @@ class LiveView(Listener):
     @property
     def _num_tasks(self) -> int:
         """Of the sequence; a user's own may be as long as it likes, and then at least one task is left."""
-        return self._sweep.scenario.tasks or self._tasks_done + 1
+        return self._sweep.scenario.tasks or len(self._samples) or self._tasks_done + 1
 
     def _task(self) -> str:
         assert self._plan is not None
@@ -209,20 +215,25 @@ class LiveView(Listener):
         """What the whole sequence will still take, by the pace of this task, or of the last one as long as need be."""
         if self._plan is None:
             return ""
-        elapsed, share = time.monotonic() - self._task_started, self._share()
+        task, elapsed, share = self._plan.task, time.monotonic() - self._task_started, self._share()
         points = self._num_points * (1 - self._share_before)  # that were left to train
+        point_s = self._pace[1] * self._size(task) / self._size(self._pace[0]) if self._pace else None
         if share < 1 and share - self._share_before > 0.05:
             rest = elapsed * (1 - share) / (share - self._share_before)
-        elif self._point_s is not None:
-            rest = max(0.0, points * self._point_s - elapsed)
+        elif point_s is not None:
+            rest = max(0.0, points * point_s - elapsed)
         elif share == 1 and points:
             rest = 0.0
         else:
             return ""
-        point_s = self._point_s if self._point_s is not None else (elapsed + rest) / points
-        later = self._num_tasks - self._plan.task - 1
+        point_s = point_s or (elapsed + rest) / points
+        later = sum(self._size(each) for each in range(task + 1, self._num_tasks)) / self._size(task)
         later_points = 1 if self._sweep.search.tasks == "first" else self._num_searched
         return f"{before}about {duration(max(1.0, rest + later * later_points * point_s))} left"
+
+    def _size(self, task: int) -> int:
+        """Of a task: its samples, or the same for all as long as they are not known."""
+        return self._samples[task] if task < len(self._samples) else 1
 
     # What is shown, as a picture
 

@@ -139,6 +139,10 @@ class Scenario:
         task = self.tasks[index]
         return self.sets[task.source].num_classes if task.classes is None else len(task.classes)
 
+    def num_train(self, index: int) -> int:
+        """Samples that the task at `index` is trained on."""
+        return len(self._training_splits(self.tasks[index])[0])
+
     def data(self, index: int) -> TaskData:
         """The task at `index`. Its samples are copied out of the data set when they are asked for.
 
