@@ -147,7 +147,7 @@ class LiveView(Listener):
 
     @property
     def _num_tasks(self) -> int:
-        """Of the sequence; a user's own may be as long as it likes, and then at least one task is left."""
+        """Of the sequence; one of a user's own says it with its data, and until then at least one task is left."""
         return self._sweep.scenario.tasks or len(self._samples) or self._tasks_done + 1
 
     def _task(self) -> str:

@@ -89,7 +89,7 @@ class Subnetwork(nn.Module):
     def predictions(self, raw: Tensor) -> Tensor:
         """Predicted classes [N] int64 of raw samples [N, ...], in batches of one fixed size."""
         size = evaluation_batch(self.graph)
-        with torch.inference_mode(), _threads(min(size, len(raw)) * self._flop):
+        with torch.inference_mode(), _threads_for(min(size, len(raw)) * self._flop):
             return torch.cat([self(part).argmax(1) for part in raw.split(size)])
 
     def num_correct(self, raw: Tensor, labels: Tensor) -> int:
@@ -133,6 +133,7 @@ class Subnetwork(nn.Module):
 
     @cached_property
     def _flop(self) -> int:
+        """Of one sample."""
         units = {group: len(units) for group, units in self.units.items()}
         return sum(self.graph.flop(units, self.info.num_classes).values())
 
@@ -149,7 +150,7 @@ def subnetworks(state: State) -> Iterator[Subnetwork]:
 
 
 @contextmanager
-def _threads(flop: int) -> Iterator[None]:
+def _threads_for(flop: int) -> Iterator[None]:
     """Inside, one thread computes if there is little to compute: threads wait for one another, and that takes ten times
     as long as the work itself where other processes have the cores.
     """
