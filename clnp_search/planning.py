@@ -16,7 +16,7 @@ from clnp_search.search.capacity import Capacity
 from clnp_search.search.points import MemoryEstimate, training_flop
 from clnp_search.search.proposals import first_points
 from clnp_search.search.trial import TaskInputs, measure_step
-from clnp_search.sequence import TaskSequence, plan_packs, reused_point
+from clnp_search.sequence import TaskSequence, reused_point
 from clnp_search.storage import RunFolder
 
 # Of the rate of a large matrix product, what training reaches (tests/benchmarks/README.md), and what each step and each
@@ -142,7 +142,8 @@ class _Workload:
             self.points = first_points(sweep, index, chosen, architecture.graph.layers)
             if index and sweep.search.tasks == "first" and chosen is None:
                 self.points = self.points[:1]  # which one will be chosen is not known; any costs the same
-            self.packs = plan_packs(sweep, self.points, self.memory, capacity.num_slots, capacity.slot_bytes)
+            slots = capacity.num_slots, capacity.slot_bytes
+            self.packs = sequence.packs(self.points, architecture, active, index, *slots)
         searched = index == 0 or sweep.search.tasks == "every"
         self.num_points = max(len(self.points), sweep.num_points if searched else 0)
         sample_flop = training_flop(architecture, active, data.info.num_classes)

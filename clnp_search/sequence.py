@@ -61,6 +61,7 @@ from clnp_search.search.points import (
     point_key,
     retrained,
     round_plan,
+    training_flop,
 )
 from clnp_search.search.proposals import agree, as_points, first_points
 from clnp_search.search.trial import RunInputs
@@ -201,14 +202,32 @@ class TaskSequence:
         # What a regulariser keeps: at most an importance, an anchor and four buffers for each parameter.
         return MemoryEstimate(estimate.fixed + estimate.per_point, 2 * estimate.per_point)
 
+    def point_flop(self, architecture: Architecture, active: Mapping[str, int], index: int) -> int:
+        """Floating-point operations of the training of one point of the task at `index`; arguments as `memory` has."""
+        data, training, joint = self.data(index), self.sweep.training, self.sweep.method == "joint"
+        samples = (index + 1 if joint else 1) * len(data.train) * training.epochs
+        return samples * training_flop(architecture, active, data.info.num_classes)
 
-def plan_packs(
-    sweep: Sweep, points: Sequence[Point], memory: MemoryEstimate, num_slots: int, slot_bytes: int
-) -> tuple[tuple[int, ...], ...]:
-    """Which points each trial of a task trains."""
-    asked = sweep.search.points_per_trial
-    size = auto_points_per_trial(len(points), num_slots, memory, slot_bytes) if asked == "auto" else asked
-    return pack_points(points, size)
+    def packs(
+        self,
+        points: Sequence[Point],
+        architecture: Architecture,
+        active: Mapping[str, int],
+        index: int,
+        num_slots: int,
+        slot_bytes: int,
+    ) -> tuple[tuple[int, ...], ...]:
+        """Which points each trial of the task at `index` trains; the first arguments but one as `memory` has.
+
+        Args:
+            num_slots: Trials that run at the same time.
+            slot_bytes: Memory of each.
+        """
+        asked, of_task = self.sweep.search.points_per_trial, (architecture, active, index)
+        if asked != "auto":
+            return pack_points(points, asked)
+        memory, flop = self.memory(*of_task), self.point_flop(*of_task)
+        return pack_points(points, auto_points_per_trial(len(points), num_slots, memory, slot_bytes, flop))
 
 
 class Runner:
@@ -499,8 +518,8 @@ class Runner:
     def _packs(
         self, points: Sequence[Point], index: int, architecture: Architecture, active: Mapping[str, int]
     ) -> tuple[tuple[int, ...], ...]:
-        memory = self._sequence.memory(architecture, active, index)
-        return plan_packs(self._sweep, points, memory, self._cluster.capacity.num_slots, self._cluster.slot_bytes)
+        slots = self._cluster.capacity.num_slots, self._cluster.slot_bytes
+        return self._sequence.packs(points, architecture, active, index, *slots)
 
     def _adopt(self, plan: TaskPlan) -> TaskPlan:
         """A plan of an earlier session; where this machine cannot keep it to the bit, the log says so."""

@@ -374,6 +374,7 @@ def drive(sweep: Sweep, folder: RunFolder, address: str, retry_failed: bool = Fa
                     begun = True
                 if retry_failed and not runner.forget_failed():
                     err.print("no failed point to train again: those of committed tasks stay as they are")
+                publisher.beside = cluster.beside
                 with publisher:  # ends before Ray does
                     summary = runner.run()
     except KeyboardInterrupt:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import queue
-import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from clnp_search.config import Sweep
 from clnp_search.listener import Listener
@@ -22,7 +20,6 @@ if TYPE_CHECKING:
     from clnp_search.tracking.mlflow import MlflowTracker
 
 logger = logging.getLogger(__name__)
-NICENESS = 10
 DRAW_EVERY_S = 20.0  # figures of the whole run; they are drawn when it ends in any case
 
 
@@ -31,10 +28,15 @@ class Publisher(Listener):
 
     While the tracking server is unreachable, records wait in the run folder: every later event tries again, and so
     does a resume.
+
+    Attributes:
+        beside: Calls a function with its arguments where it is not in the search's way, if there is such a place.
+        unavailable: Why the last projection was not written, if it was not.
     """
 
     def __init__(self, folder: RunFolder, sweep: Sweep) -> None:
-        self.unavailable = ""  # or why the last projection was not written
+        self.beside: Callable[..., None] = _here
+        self.unavailable = ""
         self._busy = False
         self._folder, self._sweep = folder, sweep
         self._tracker: MlflowTracker | None = None
@@ -78,8 +80,6 @@ class Publisher(Listener):
         self._events.put(summary)
 
     def _work(self) -> None:
-        if sys.platform == "linux":  # where a thread has a priority of its own: packs that train go before figures
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
         while (summary := self._newest()) is not None:
             self._publish(summary)
 
@@ -91,9 +91,9 @@ class Publisher(Listener):
         self._busy = True
         try:
             if summary.tasks and summary != self._drawn:
-                # The interpreter is shared with the search, whose tasks may take no longer than a figure of all.
+                # Tasks may take no longer than a figure of all of them.
                 whole = summary.status != "running" or time.monotonic() - self._drawn_at >= DRAW_EVERY_S
-                draw_run(self._folder, summary, whole)
+                self.beside(draw_run, self._folder, summary, whole)
                 if whole:
                     self._drawn, self._drawn_at = summary, time.monotonic()
             if self._sweep.tracking.uri != "none":
@@ -115,3 +115,7 @@ class Publisher(Listener):
                 break
             newest = following
         return newest
+
+
+def _here(function: Callable[..., None], *arguments: Any) -> None:
+    function(*arguments)

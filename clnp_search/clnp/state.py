@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -265,6 +265,9 @@ class State:
         """The state as a safetensors file."""
         tensors = {name: tensor.clone() for name, tensor in self._tensors().items()}
         return safetensors.torch.save(tensors, {"state": json.dumps(self._header())})
+
+    def __reduce__(self) -> tuple[Callable[[bytes], State], tuple[bytes]]:
+        return State.from_bytes, (self.to_bytes(),)  # twice as fast as torch pickles many small tensors
 
     @classmethod
     def from_bytes(cls, data: bytes) -> State:

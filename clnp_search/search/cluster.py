@@ -56,6 +56,9 @@ logger = logging.getLogger(__name__)
 TRIAL_ENVIRONMENT = {
     "env_vars": {"PL_DISABLE_FORK": "1", "RAY_CHDIR_TO_TRIAL_DIR": os.environ["RAY_CHDIR_TO_TRIAL_DIR"]}
 }
+# Of what runs beside them: a process that has stepped back serves no pack.
+BESIDE_ENVIRONMENT = {"env_vars": {"PL_DISABLE_FORK": "1"}}
+BESIDE_NICENESS = 10
 START_ATTEMPTS = 4
 PROBE_S = 5.0
 NODE_S = 60.0
@@ -144,6 +147,18 @@ class Cluster:
     def share(self, inputs: RunInputs | OfTask) -> ray.ObjectRef:
         """Puts the inputs of a run or of one task into the object store, from where trials and scans read them."""
         return ray.put(inputs)
+
+    def beside(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Calls a function in a process of its own, so that it does not take the driver's interpreter from the search.
+
+        Where that fails, it is called here: a client's machine is none of the cluster's, which may not see its storage.
+        """
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        remote = ray.remote(num_cpus=0, max_retries=0, runtime_env=BESIDE_ENVIRONMENT, scheduling_strategy=here)(_call)
+        try:
+            ray.get(remote.remote(function, arguments))
+        except ray.exceptions.RayError:
+            function(*arguments)
 
     def train(
         self,
@@ -295,6 +310,11 @@ def _scan_task(
     except Exception as error:
         yield cause_of(error)
         sys.exit(1)
+
+
+def _call(function: Callable[..., None], arguments: Sequence[Any]) -> None:
+    os.setpriority(os.PRIO_PROCESS, 0, BESIDE_NICENESS)
+    function(*arguments)
 
 
 def _node(node: dict[str, Any]) -> Node:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 # Resident memory of a trial's process before any data: Python, torch, ray and pyarrow (measured; see
 # tests/benchmarks/README.md).
 PROCESS_BYTES = 680 << 20
+# What one core computes while Ray starts the processes of another trial: it takes about two seconds of a core.
+TRIAL_FLOP = 30e9
 # Raised with every change of the code after which the same settings give other bits: points of before and after
 # have other keys, and are never mixed.
 NUMERICS = 2
@@ -220,12 +222,16 @@ def pack_points(points: Sequence[Point], points_per_trial: int) -> tuple[tuple[i
     return tuple(tuple(order[start:stop]) for start, stop in itertools.pairwise(cuts))
 
 
-def auto_points_per_trial(num_points: int, num_slots: int, memory: MemoryEstimate, available_bytes: int) -> int:
-    """As many points in a trial as keep all slots busy and fit the memory of one slot.
+def auto_points_per_trial(
+    num_points: int, num_slots: int, memory: MemoryEstimate, available_bytes: int, point_flop: float
+) -> int:
+    """As many points in a trial as keep all slots busy, if they have enough to do, and fit the memory of one slot.
 
     Args:
         num_slots: Trials that run at the same time.
         available_bytes: Memory of one slot.
+        point_flop: Of a point's training.
     """
     fitting = max(1, (available_bytes - memory.fixed) // memory.per_point)
-    return int(min(math.ceil(num_points / max(1, num_slots)), fitting))
+    busy = max(1, min(num_slots, math.ceil(num_points * point_flop / TRIAL_FLOP)))
+    return int(min(math.ceil(num_points / busy), fitting))

@@ -37,12 +37,14 @@ from clnp_search.clnp.initial import draw
 from clnp_search.clnp.pack import Features, Pack
 from clnp_search.clnp.scan import Candidate, scan
 from clnp_search.clnp.state import Architecture, InputTransform, State, TaskInfo, commit
+from clnp_search.clnp.subnetwork import subnetworks
 from clnp_search.clnp.training import Training, TrainingSettings
+from clnp_search.config import sweep_of
 from clnp_search.records import Environment, Point, TaskPlan
 from clnp_search.search.points import estimate_memory, pack_name
 from clnp_search.search.trial import RunInputs, TaskInputs, run_pack
 from clnp_search.selection import min_correct
-from clnp_search.sequence import active_units
+from clnp_search.sequence import TaskSequence, active_units, test_accuracies
 from clnp_search.storage import RunFolder
 from clnp_search.tasks import RawData, Scenario, Task, TaskData
 from clnp_search.tasks.cifar import load_cifar
@@ -626,10 +628,20 @@ def many_tasks(options: Options) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
         sweep = _tiny(folder, num) | {"search": {"alpha": [1e-3], "learning_rate": [0.005, 0.01]}}
         watched = _watched(sweep, "tasks", folder)
-        ended = [result.ended for result in RunFolder(f"{folder}/tasks").read_results()]
+        run = RunFolder(f"{folder}/tasks")
+        ended = [result.ended for result in run.read_results()]
+        sequence, again = TaskSequence(sweep_of(run)), []
+        for index in range(num):  # what every commit does with all tasks so far
+            state, started = run.read_state(index), time.perf_counter()
+            list(test_accuracies(sequence, subnetworks(state)))
+            again.append(time.perf_counter() - started)
     seconds = [after - before for before, after in itertools.pairwise(ended)]
-    early, late = (sum(seconds[start : start + 10]) for start in (min(9, num - 11), num - 11))
+    starts = min(9, num - 11), num - 11
+    early, late = (sum(seconds[start : start + 10]) for start in starts)
     yield Row("the last ten tasks over tasks 10 to 19", late / early, high=1.5, detail=f"{late:.1f} s / {early:.1f} s")
+    few, all_ = (sum(again[start + 1 : start + 11]) for start in starts)
+    detail = f"which takes {all_:.1f} s / {few:.1f} s"
+    yield Row("the same without evaluating earlier tasks again", (late - all_) / (early - few), high=1.5, detail=detail)
     behind = watched.ended - ended[-1]
     yield Row("from the last commit to the end of the command [s]", behind, detail="the rest of figures and MLflow")
 

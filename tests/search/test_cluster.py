@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import weakref
 from pathlib import Path
 
@@ -47,6 +48,22 @@ def test_a_scan_that_fails_is_tried_again_and_then_said_in_a_sentence(
         scans = here.scan(shared, of_task, inputs.plan.points[:1], 0, "global", max_failures=1)
         with pytest.raises(MachineFault, match=r"threshold scan of p000: FileNotFoundError: .+ \(tried 2 times\)"):
             next(scans)
+
+
+def test_what_runs_beside_the_search_has_a_process_of_its_own_and_where_that_fails_runs_here(tmp_path: Path) -> None:
+    def note(name: str, only_in: int | None = None) -> None:
+        if only_in not in (None, os.getpid()):
+            raise FileNotFoundError
+        (tmp_path / name).write_text(f"{os.getpid()} {os.getpriority(os.PRIO_PROCESS, 0)}")
+
+    with connect("local", ResourcesConfig()) as here:
+        here.beside(note, "first")
+        here.beside(note, "second")
+        here.beside(note, "third", os.getpid())
+    notes = [(tmp_path / name).read_text().split() for name in ("first", "second", "third")]
+    assert notes[0] == notes[1]
+    assert notes[0] != notes[2] == [str(os.getpid()), "0"]
+    assert notes[0][1] == str(cluster.BESIDE_NICENESS)
 
 
 def test_no_other_thread_can_free_what_is_rays_while_it_shuts_down(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from clnp_search.clnp.training import TrainingSettings
 from clnp_search.records import Point
 from clnp_search.search.points import (
     NUMERICS,
+    TRIAL_FLOP,
     MemoryEstimate,
     auto_points_per_trial,
     estimate_memory,
@@ -142,22 +143,27 @@ def test_points_of_equal_learning_rate_stand_together() -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_points", "num_slots", "available", "expected"),
+    ("num_points", "num_slots", "available", "trials_worth", "expected"),
     [
-        (12, 1, 10_000, 12),  # one device trains all together
-        (12, 4, 10_000, 3),  # every device has work
-        (13, 4, 10_000, 4),
-        (3, 8, 10_000, 1),
-        (12, 1, 160, 6),  # what fits the memory
-        (12, 1, 50, 1),  # one point at least, if even that does not fit
-        (12, 1, 119, 1),
+        (12, 1, 10_000, 100.0, 12),  # one device trains all together
+        (12, 4, 10_000, 100.0, 3),  # every device has work
+        (13, 4, 10_000, 100.0, 4),
+        (3, 8, 10_000, 100.0, 1),
+        (12, 4, 10_000, 2.5, 4),  # enough for three
+        (12, 4, 10_000, 0.1, 12),  # another process would take longer to start than to train
+        (12, 4, 10_000, 0.0, 12),  # no unit is left to train
+        (12, 1, 160, 100.0, 6),  # what fits the memory
+        (12, 4, 160, 0.1, 6),
+        (12, 1, 50, 100.0, 1),  # one point at least, if even that does not fit
+        (12, 1, 119, 100.0, 1),
     ],
 )
-def test_auto_keeps_all_slots_busy_within_their_memory(
-    num_points: int, num_slots: int, available: int, expected: int
+def test_auto_keeps_slots_busy_that_have_enough_to_do_within_their_memory(
+    num_points: int, num_slots: int, available: int, trials_worth: float, expected: int
 ) -> None:
     memory = MemoryEstimate(fixed=100, per_point=10)
-    assert auto_points_per_trial(num_points, num_slots, memory, available) == expected
+    flop = trials_worth * TRIAL_FLOP / num_points
+    assert auto_points_per_trial(num_points, num_slots, memory, available, flop) == expected
 
 
 # Memory
@@ -212,7 +218,7 @@ def test_a_single_heads_last_layer_needs_no_cache_of_frozen_units() -> None:
 def test_a_full_network_can_be_planned(head: str) -> None:
     full = make_state(replace(ARCHITECTURE, head=head), 1, theta=-1.0)
     memory = estimate_memory(full.architecture, active_units(full), 2, 1000, 100, SETTINGS)
-    assert auto_points_per_trial(12, 1, memory, memory.total(100)) == 12
+    assert auto_points_per_trial(12, 1, memory, memory.total(100), 0.0) == 12
 
 
 @pytest.mark.parametrize("head", ["multi", "single"])
