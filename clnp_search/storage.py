@@ -22,7 +22,7 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import pyarrow.fs
 from pydantic import TypeAdapter, ValidationError
+from pydantic_core import to_json
 
 from clnp_search.errors import Damaged, InputError
 from clnp_search.records import (
@@ -629,7 +630,7 @@ def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
 
 def _to_json(record: Any) -> bytes:
     """A record as JSON, with one entry more at its end: the SHA-256 of all before that."""
-    return _sealed(json.dumps(asdict(record), indent=1).removesuffix("\n}").encode())
+    return _sealed(to_json(record, indent=1, inf_nan_mode="constants").removesuffix(b"\n}"))
 
 
 def _sealed(body: bytes) -> bytes:
