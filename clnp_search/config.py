@@ -493,7 +493,8 @@ class SearchConfig(_Section):
     )
     """What optuna raises: validation accuracy before pruning; sparsity after its scan, of a point inside the margin."""
     points_per_trial: Literal["auto"] | PositiveCount = "auto"
-    """Grid points that one Ray Tune trial trains together; auto keeps all devices busy within their memory."""
+    """Grid points that one Ray Tune trial trains together; auto keeps all devices busy that have enough to do for the
+    start of a trial to pay, within their memory."""
     max_failures: Count = 2
     """How often a pack or a threshold scan is tried again after a fault of the machine, such as a dead process."""
 
