@@ -203,7 +203,7 @@ class TaskSequence:
         return MemoryEstimate(estimate.fixed + estimate.per_point, 2 * estimate.per_point)
 
     def point_flop(self, architecture: Architecture, active: Mapping[str, int], index: int) -> int:
-        """Floating-point operations of the training of one point of the task at `index`; arguments as `memory` has."""
+        """Floating-point operations of training one point of the task's search; arguments as `memory` has."""
         data, training, joint = self.data(index), self.sweep.training, self.sweep.method == "joint"
         samples = (index + 1 if joint else 1) * len(data.train) * training.epochs
         return samples * training_flop(architecture, active, data.info.num_classes)
@@ -217,9 +217,10 @@ class TaskSequence:
         num_slots: int,
         slot_bytes: int,
     ) -> tuple[tuple[int, ...], ...]:
-        """Which points each trial of the task at `index` trains; the first arguments but one as `memory` has.
+        """Which points each trial of a task trains.
 
         Args:
+            architecture, active, index: As `memory` has them.
             num_slots: Trials that run at the same time.
             slot_bytes: Memory of each.
         """

@@ -1,4 +1,4 @@
-"""Figures and MLflow, drawn and written behind the search's back, in one thread of the driver."""
+"""Figures and MLflow, behind the search's back: one thread of the driver has figures drawn, and writes to MLflow."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class Publisher(Listener):
         self._busy = True
         try:
             if summary.tasks and summary != self._drawn:
-                # Tasks may take no longer than a figure of all of them.
+                # Small tasks take no longer than a figure of all of them.
                 whole = summary.status != "running" or time.monotonic() - self._drawn_at >= DRAW_EVERY_S
                 self.beside(draw_run, self._folder, summary, whole)
                 if whole:

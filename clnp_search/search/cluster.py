@@ -30,7 +30,7 @@ os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
 # Trials start side by side; how many there are at a time, the search says itself.
 os.environ.setdefault("TUNE_MAX_PENDING_TRIALS_PG", "1000")
-# Workers compete with the driver, which draws and logs meanwhile; Ray would put them far behind it.
+# Workers compete with the driver, which logs meanwhile; Ray would put them far behind it.
 os.environ.setdefault("RAY_worker_niceness", "0")
 # No workers without an environment, which none of our tasks could use; see TRIAL_ENVIRONMENT.
 os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
@@ -57,7 +57,7 @@ TRIAL_ENVIRONMENT = {
     "env_vars": {"PL_DISABLE_FORK": "1", "RAY_CHDIR_TO_TRIAL_DIR": os.environ["RAY_CHDIR_TO_TRIAL_DIR"]}
 }
 # Of what runs beside them: a process that has stepped back serves no pack.
-BESIDE_ENVIRONMENT = {"env_vars": {"PL_DISABLE_FORK": "1"}}
+BESIDE_ENVIRONMENT = {"env_vars": {"CLNP_SEARCH_BESIDE": "1"}}
 BESIDE_NICENESS = 10
 START_ATTEMPTS = 4
 PROBE_S = 5.0
