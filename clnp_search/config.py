@@ -594,6 +594,11 @@ class ResourcesConfig(_Section):
     gpu: NonNegative = 0.0
     """GPUs of each trial; a fraction shares one."""
 
+    @property
+    def device(self) -> str:
+        """Where trials compute."""
+        return "cuda" if self.gpu else "cpu"
+
     @model_validator(mode="after")
     def _whole_or_fraction(self) -> ResourcesConfig:
         if self.gpu > 1 and self.gpu != int(self.gpu):

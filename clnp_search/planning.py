@@ -171,9 +171,12 @@ class _Workload:
             raise InputError(f"--measure: a trial needs {needed >> 20} MiB, and {present >> 20} MiB are present")
         sequence, index, sweep = self._sequence, self.index, self._sequence.sweep
         state = sequence.empty_state() if index == 0 else sequence.start_of(index, self._folder.read_state(index - 1))
-        device = "cuda" if sweep.resources.gpu else "cpu"
         environment = Environment(
-            device, sweep.resources.cpu, sweep.training.precision, torch.__version__, version("clnp-search")
+            sweep.resources.device,
+            sweep.resources.cpu,
+            sweep.training.precision,
+            torch.__version__,
+            version("clnp-search"),
         )
         name = sequence.task(index).name
         plan = TaskPlan(index, name, state.digest, self.points, ("",) * len(self.points), self.packs, environment)
@@ -203,7 +206,7 @@ def _assumed(sequence: TaskSequence) -> Pace | None:
     resources, settings = sequence.sweep.resources, sequence.sweep.training.settings
     if resources.gpu and not torch.cuda.is_available():
         return None
-    rate = matrix_rate("cuda" if resources.gpu else "cpu", settings.dtype, resources.cpu)
+    rate = matrix_rate(resources.device, settings.dtype, resources.cpu)
     source = f"assumed: {MATRIX_SHARE:.0%} of this machine's {rate / 1e9:,.0f} GFLOP/s in matrix products"
     return Pace(MATRIX_SHARE * rate, STEP_S, TASK_S, f"{source}; --measure trains a few steps instead")
 

@@ -193,12 +193,12 @@ class TaskSequence:
             active: Units of each group that are frozen already.
         """
         data, baseline = self.data(index), self.sweep.baseline
-        classes, settings = data.info.num_classes, self.sweep.training.settings
+        classes, settings, device = data.info.num_classes, self.sweep.training.settings, self.sweep.resources.device
         train, validation = len(data.train), len(data.validation)
         if baseline is None:
-            return estimate_memory(architecture, active, classes, train, validation, settings)
+            return estimate_memory(architecture, active, classes, train, validation, settings, device)
         tasks = index + 1 if baseline.JOINT else 1
-        estimate = estimate_memory(architecture, {}, classes, tasks * train, tasks * validation, settings)
+        estimate = estimate_memory(architecture, {}, classes, tasks * train, tasks * validation, settings, device)
         # What a regulariser keeps: at most an importance, an anchor and four buffers for each parameter.
         return MemoryEstimate(estimate.fixed + estimate.per_point, 2 * estimate.per_point)
 

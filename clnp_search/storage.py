@@ -537,7 +537,7 @@ def open_run(run: str, storage: str = "runs/") -> RunFolder:
     Raises:
         InputError: There is none, or it is of another version.
     """
-    for uri in (run, join_uri(storage, run)):
+    for uri in (run,) if "://" in run else (run, join_uri(storage, run)):
         if "/" in uri or os.path.exists(uri):
             folder = RunFolder(uri)
             with _reaching(uri):

@@ -17,9 +17,11 @@ import pytest
 import torch
 from in_process import SWEEP, run_in_process
 
+from clnp_search.clnp.training import set_precision
 from clnp_search.storage import RunFolder, run_folder
 
 torch.set_num_threads(1)
+set_precision("float32")
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 

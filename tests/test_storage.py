@@ -201,7 +201,7 @@ def test_a_run_is_opened_by_its_name_in_the_working_folder(tmp_path: Path, monke
     assert open_run("run", "elsewhere").local_path == tmp_path / "run"
 
 
-@pytest.mark.parametrize("run", ["absent", "./absent", "", "../absent"])
+@pytest.mark.parametrize("run", ["absent", "./absent", "", "../absent", "file:///absent"])
 def test_a_run_that_is_not_there_is_refused_by_name(tmp_path: Path, run: str) -> None:
     with pytest.raises(InputError, match="no run of that name"):
         open_run(run, str(tmp_path))

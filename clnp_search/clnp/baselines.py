@@ -349,7 +349,7 @@ def fisher(graph: Graph, tensors: Parameters, inputs: Tensor) -> Parameters:
         inputs: [N, ...], as the network takes samples.
     """
     total = {node: {name: torch.zeros_like(each) for name, each in own.items()} for node, own in tensors.items()}
-    for batch in inputs.split(evaluation_batch(graph)):
+    for batch in inputs.split(evaluation_batch(graph, inputs.device.type)):
         values, layers = {INPUT: batch}, list[tuple[Node, list[Tensor]]]()
         with torch.enable_grad():
             for node in graph.nodes:

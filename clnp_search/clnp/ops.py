@@ -229,8 +229,12 @@ class Conv(Reader):
         return out
 
     def _convolve(self, value: Tensor, weight: Tensor, bias: Tensor | None, groups: int = 1) -> Tensor:
-        weight = weight.unflatten(2, self.kernel)
-        return functional.conv2d(value, weight, bias, self.stride, self.padding, self.dilation, groups)
+        weight, stride = weight.unflatten(2, self.kernel), self.stride
+        if self.kernel == (1, 1) and self.padding == (0, 0) and stride != (1, 1):
+            # It reads some positions only. Told so, oneDNN 3.13 writes beyond its memory in the backward pass, on CPUs
+            # without AVX-512 and with fewer than eight channels.
+            value, stride = value[:, :, :: stride[0], :: stride[1]], (1, 1)
+        return functional.conv2d(value, weight, bias, stride, self.padding, self.dilation, groups)
 
 
 @dataclass(frozen=True)
@@ -372,7 +376,8 @@ class AdaptivePool(Op):
 class Dropout(Op):
     """Zeroes values at random while training: single values, whole channels, or all channels of a sample.
 
-    Points of a pack draw alike. Frozen units are computed without it; it acts on what free units read.
+    Points draw alike, whoever shares a pack with whom. Frozen units are computed without it; it acts on what free units
+    read.
     """
 
     share: float = 0.5
@@ -384,22 +389,29 @@ class Dropout(Op):
 
     def plain(self, inputs: Sequence[Tensor], tensors: Tensors, training: bool = False) -> Tensor:
         (value,) = inputs
+        return value * self._mask(value) if training and self.share else value
+
+    def packed(self, inputs: Sequence[Tensor], tensors: Tensors, points: int, training: bool) -> Tensor:
+        (value,) = inputs
         if not training or not self.share:
             return value
-        if self.unit == "value":
-            like = value
-        else:
-            shape = (*value.shape[: 2 if self.unit == "channel" else 1], *[1] * (value.ndim - 1))[: value.ndim]
-            like = value.new_empty(shape)
-        return value * self._mask(like)
+        samples_first = value if value.ndim == 4 else value.T
+        each = samples_first.unflatten(1, (points, -1))
+        dropped = (each * self._mask(each[:, 0]).unsqueeze(1)).flatten(1, 2)
+        return dropped if value.ndim == 4 else dropped.T
 
-    def _mask(self, like: Tensor) -> Tensor:
-        """Random zeros in a tensor of 1 / (1 - share), of 16 random bits each: four times as fast as `bernoulli_`."""
-        like = torch.empty_like(like)
+    def _mask(self, value: Tensor) -> Tensor:
+        """Random zeros among 1 / (1 - share), to multiply a value with [B, C, ...].
+
+        They are made of 16 random bits each, which is four times as fast as `bernoulli_`.
+        """
+        dims = {"value": value.ndim, "channel": 2, "sample": 1}[self.unit]
+        like = torch.empty_like(value) if dims == value.ndim else value.new_empty(value.shape[:dims])
         bits = torch.empty(-(-like.numel() // 4), dtype=torch.int64, device=like.device).random_(-(2**63), None)
         zeros = round(self.share * 2**16)
         kept = bits.view(torch.int16).as_strided(like.shape, like.stride()) >= zeros - 2**15
-        return like.copy_(kept).mul_(2**16 / (2**16 - zeros) if zeros < 2**16 else 0.0)
+        like.copy_(kept).mul_(2**16 / (2**16 - zeros) if zeros < 2**16 else 0.0)
+        return like.view(*like.shape, *[1] * (value.ndim - dims)) if dims < value.ndim else like
 
 
 @dataclass(frozen=True)

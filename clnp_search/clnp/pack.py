@@ -3,29 +3,34 @@
 All points of a task share the frozen network, the data and its order. So the frozen units' outputs are computed once
 for the whole pack (`Trunk`, `Features`), and gradients and optimizer state exist for free parameters only. Points that
 are computed together stand side by side as blocks of channels (`ops.py`): dense networks all at once, where what all
-points read meets the weights of all of them in one matrix product; networks of maps one after another, because a
-point's maps then stay in the cache from layer to layer, and microbatches keep them small. Gradients accumulate in
-buffers that live as long as the pack and start from the L1 term.
+points read meets the weights of all of them in one matrix product; networks of maps on a CPU one after another, because
+a point's maps then stay in the cache from layer to layer, and microbatches keep them small. Gradients accumulate in
+buffers that live as long as the pack and start from the L1 term. On a GPU a step's kernels are launched as one
+(`replay.py`).
 
 Shapes: P points of a pack, K of a block, B samples of a batch, N samples, F free units, C classes.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from clnp_search.clnp.graph import CLASSES, INPUT, Graph, Node, chosen, run
 from clnp_search.clnp.ops import Dropout, Reader
+from clnp_search.clnp.replay import Replay
 from clnp_search.clnp.state import FreeParameters, Parameters, State
 
-# What the largest value of a microbatch may take while training, so that it stays in a CPU's cache.
-CACHED_BYTES = 8 << 20
-EVALUATED_BYTES = 16 << 20
+# What the largest value of the samples that are trained, or evaluated, at a time may take: on a CPU, so that it stays
+# in the cache.
+TRAINED_BYTES = {"cpu": 8 << 20, "cuda": 1 << 30}
+EVALUATED_BYTES = {"cpu": 16 << 20, "cuda": 1 << 30}
 LARGEST_BATCH = 1000
 CACHE_BYTES = 4 << 30  # frozen outputs of a split are kept if they fit into this
 
@@ -33,21 +38,27 @@ Levels = Mapping[str, Tensor]
 View = Callable[[Tensor, torch.Generator | None], Tensor]
 
 
-def evaluation_batch(graph: Graph) -> int:
-    """Samples that are evaluated at a time."""
-    return max(1, min(LARGEST_BATCH, EVALUATED_BYTES // (4 * graph.largest_value)))
+def evaluation_batch(graph: Graph, device: str) -> int:
+    """Samples that are evaluated at a time on a kind of device."""
+    return max(1, min(LARGEST_BATCH, EVALUATED_BYTES[device] // (4 * graph.largest_value)))
 
 
-def microbatch(graph: Graph, batch_size: int, width: int = 4) -> int:
+def microbatch(graph: Graph, batch_size: int, device: str, width: int = 4) -> int:
     """Samples that are trained at a time: a batch, or as many as the cache holds where that changes nothing.
 
     Args:
+        device: Its kind.
         width: Bytes of a value.
     """
     if graph.has_batch_statistics or graph.is_dense:
         return batch_size
-    fitting = max(1, CACHED_BYTES // (width * graph.largest_value))
+    fitting = max(1, TRAINED_BYTES[device] // (width * graph.largest_value))
     return min(batch_size, 1 << (fitting.bit_length() - 1))
+
+
+def is_one_block(graph: Graph, device: str) -> bool:
+    """Whether all points of a pack are best computed together on a kind of device."""
+    return graph.is_dense or device != "cpu"
 
 
 class Trunk:
@@ -103,7 +114,7 @@ class Features:
         dtype: torch.dtype = torch.float32,
         view: View | None = None,
     ) -> None:
-        self.labels, self.batch_size = labels, evaluation_batch(trunk.graph)
+        self.labels, self.batch_size = labels, evaluation_batch(trunk.graph, inputs.device.type)
         self._trunk, self._dtype, self._view = trunk, dtype, view
         self._cached = view is None and len(inputs) * trunk.level_size * dtype.itemsize <= cache_bytes
         inputs = _channels_last(inputs)
@@ -277,7 +288,7 @@ class Pack:
         initial: Each node's parameters at full size (`initial.draw`), from which all points start; or for each point
             the parameters that it starts from, which may have fewer units (after a round of pruning).
         dtype: Of the matrix products: float32 or bfloat16.
-        together: How many points are computed as one block; by default all of a dense network, else one.
+        together: How many points are computed as one block; by default one of a network of maps on a CPU, else all.
 
     Attributes:
         regulariser: Of a method that has one.
@@ -308,7 +319,7 @@ class Pack:
         self._alphas = dict(zip(self.graph.layers, columns, strict=True))
         if isinstance(initial, Mapping):
             start = free_part(state, initial)
-            size = together or (self.num_points if self.graph.is_dense else 1)
+            size = together or (self.num_points if is_one_block(self.graph, self.device.type) else 1)
             starts = [start] * self.num_points
         else:
             size, starts = 1, list(initial)
@@ -317,6 +328,7 @@ class Pack:
         self.blocks = [self._block(starts[first : first + size]) for first in self._first]
         self._trained_order = self.graph.pooled_first
         self._random = any(isinstance(node.op, Dropout) and node.op.share for node in self.graph.nodes)
+        self.replay = Replay(self.device)
 
     def features(
         self, inputs: Tensor, labels: Tensor, cache_bytes: int = CACHE_BYTES, view: View | None = None
@@ -332,6 +344,19 @@ class Pack:
             for first, block in zip(self._first, self.blocks, strict=True)
             for position in range(first, first + block.points)
         ]
+
+    def parts(self, learning_rates: Sequence[float]) -> Iterator[tuple[float, list[Tensor]]]:
+        """The trainable tensors, with their gradients, in parts that move at one rate, and that rate.
+
+        Each point is a part. On a GPU neighbours of one rate are one: no value's bits depend there on where it stands.
+        """
+        apart = self.device.type == "cpu"
+        for first, block in zip(self._first, self.blocks, strict=True):
+            rates = learning_rates[first : first + block.points]
+            for _, alike in itertools.groupby(range(block.points), lambda point: point if apart else rates[point]):  # noqa: B023
+                start, *others = alike
+                part = slice(start, start + 1 + len(others))
+                yield rates[start], [_point(tensor, part) for tensor in self._trainable(block)]
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -373,21 +398,28 @@ class Pack:
         Args:
             seed: Of what is random in the network and in the samples' views.
         """
-        self._begin_gradients()
+        self.replay("gradients", self._begin_gradients)
         losses = torch.zeros(self.num_points, device=self.device)
-        size = microbatch(self.graph, len(index), self.dtype.itemsize)
+        size = microbatch(self.graph, len(index), self.device.type, self.dtype.itemsize)
         for part, chunk in enumerate(index.split(size)):
-            levels, labels = features.batch(chunk, seed + part)
+            batch, labels = features.batch(chunk, seed + part)
+            levels = {name: self.replay.stage(name, level) for name, level in batch.items()}
+            labels = self.replay.stage("labels", labels)
             for first, block in zip(self._first, self.blocks, strict=True):
                 if self._random:  # alike for all points, whoever shares a pack with whom
                     torch.manual_seed(seed + part)
-                values = block.forward(levels, True, self.dtype, self._trained_order)
-                logits = block.logits(values)
-                loss, grad = cross_entropy(self._masked(logits.detach(), labels), labels, len(index))
-                losses[first : first + block.points] += loss
-                if logits.requires_grad:
-                    logits.backward(grad)
+                learn = partial(self._learn, block, levels, labels, len(index))
+                losses[first : first + block.points] += self.replay((first, len(labels), len(index)), learn)
         return losses
+
+    def _learn(self, block: Block, levels: Levels, labels: Tensor, batch_size: int) -> Tensor:
+        """Adds a block's gradients of some samples of a batch; gives its points' losses [K], summed."""
+        values = block.forward(levels, True, self.dtype, self._trained_order)
+        logits = block.logits(values)
+        loss, grad = cross_entropy(self._masked(logits.detach(), labels), labels, batch_size)
+        if logits.requires_grad:
+            logits.backward(grad)
+        return loss
 
     @torch.no_grad()
     def shrink(self, step_sizes: Sequence[float]) -> None:
@@ -618,8 +650,8 @@ def free_part(state: State, initial: Parameters) -> FreeParameters:
     return FreeParameters(units, tensors, {})
 
 
-def _point(tensor: Tensor, position: int) -> Tensor:
-    """One point's part of a tensor [K, ...], with its part of the gradient."""
+def _point(tensor: Tensor, position: int | slice) -> Tensor:
+    """The part of one point, or of some, of a tensor [K, ...], with its part of the gradient."""
     part = tensor.detach()[position]
     assert tensor.grad is not None
     part.grad = tensor.grad[position]

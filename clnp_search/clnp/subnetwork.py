@@ -88,7 +88,7 @@ class Subnetwork(nn.Module):
 
     def predictions(self, raw: Tensor) -> Tensor:
         """Predicted classes [N] int64 of raw samples [N, ...], in batches of one fixed size."""
-        size = evaluation_batch(self.graph)
+        size = evaluation_batch(self.graph, raw.device.type)
         with torch.inference_mode(), _threads_for(min(size, len(raw)) * self._flop):
             return torch.cat([self(part).argmax(1) for part in raw.split(size)])
 

@@ -56,6 +56,14 @@ class TrainingSettings:
         return DTYPES[self.precision]
 
 
+def set_precision(precision: str) -> None:
+    """Sets up this process's products in float32, exact or as `tf32`; the same work then gives the same bits."""
+    tf32 = precision == "tf32"
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cudnn.deterministic = True
+
+
 class Training:
     """The training of a pack; `epoch` counts the finished epochs.
 
@@ -86,7 +94,7 @@ class Training:
         self._seed, self._task = seed, task
         self._steps_per_epoch = math.ceil(len(train) / settings.batch_size)
         self._optimizer = Optimizer(
-            pack.parameters, learning_rates, settings.optimizer, settings.weight_decay, settings.momentum
+            pack.parts(learning_rates), settings.optimizer, settings.weight_decay, settings.momentum
         )
 
     @property
@@ -106,7 +114,7 @@ class Training:
             self._optimizer.step(factor)
             self._pack.shrink([rate * factor for rate in self._learning_rates])
             if regulariser is not None:
-                regulariser.stepped()
+                self._pack.replay("stepped", regulariser.stepped)
         if regulariser is not None:
             regulariser.ended(self.epoch + 1, self._settings.epochs)
         accuracies = [correct / len(self.validation) for correct in self._pack.num_correct(self.validation)]

@@ -42,7 +42,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from clnp_search.errors import InputError, MachineFault
 from clnp_search.search.capacity import MEMORY_SHARE, Node, capacity_of
-from clnp_search.search.retries import cause_of, pause, tried
+from clnp_search.search.retries import cause_of, in_new_process, pause, tried
 from clnp_search.storage import RunFolder
 
 if TYPE_CHECKING:
@@ -70,15 +70,16 @@ class Cluster:
 
     def __init__(self, resources: ResourcesConfig) -> None:
         self.resources = resources
-        # A process that has used one GPU cannot be given another.
-        self._options = {"num_cpus": resources.cpu, "num_gpus": resources.gpu, "max_calls": 1 if resources.gpu else 0}
         self._alive = [node for node in ray.nodes() if node["Alive"]]
+        # A process that has used one of several GPUs cannot be given another.
+        several = bool(resources.gpu) and any(_node(node).gpus > 1 for node in self._alive)
+        self._options = {"num_cpus": resources.cpu, "num_gpus": resources.gpu, "max_calls": int(several)}
         self.capacity = capacity_of(resources, [_node(node) for node in self._alive])
 
     @property
     def device(self) -> str:
         """Where trials compute."""
-        return "cuda" if self.resources.gpu else "cpu"
+        return self.resources.device
 
     @cached_property
     def slot_bytes(self) -> int:
@@ -211,7 +212,8 @@ class Cluster:
             # No more at a time than can run: for tasks that wait, Ray would start processes.
             while left and len(running) < self.capacity.num_slots:
                 point = left.pop(0)
-                running[remote.remote(shared, of_task, point, min_correct, rule)] = point
+                try_ = remote.options(**in_new_process(failures[point.name], TRIAL_ENVIRONMENT))
+                running[try_.remote(shared, of_task, point, min_correct, rule)] = point
             done, _ = ray.wait(list(running))
             point = running.pop(done[0])
             try:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from clnp_search.clnp.graph import CLASSES, INPUT, Node
 from clnp_search.clnp.ops import Reader
-from clnp_search.clnp.pack import CACHE_BYTES, LARGEST_BATCH, evaluation_batch, microbatch
+from clnp_search.clnp.pack import CACHE_BYTES, LARGEST_BATCH, evaluation_batch, is_one_block, microbatch
 from clnp_search.clnp.state import Architecture
 from clnp_search.config import ForgettingConfig, Sweep
 from clnp_search.records import Point, PointRecord, ScanRecord, TaskPlan
@@ -28,7 +28,7 @@ PROCESS_BYTES = 680 << 20
 TRIAL_FLOP = 30e9
 # Raised with every change of the code after which the same settings give other bits: points of before and after
 # have other keys, and are never mixed.
-NUMERICS = 2
+NUMERICS = 3
 
 
 def point_key(
@@ -117,6 +117,7 @@ def estimate_memory(
     num_train: int,
     num_validation: int,
     settings: TrainingSettings,
+    device: str = "cpu",
 ) -> MemoryEstimate:
     """What a pack needs, from shapes alone.
 
@@ -126,6 +127,7 @@ def estimate_memory(
 
     Args:
         active: Units of each group that are frozen already.
+        device: Its kind.
     """
     graph, head = architecture.graph, architecture.head
     free, frozen = _free_units(architecture, active), {**active, INPUT: graph.input_shape[0]}
@@ -148,11 +150,13 @@ def estimate_memory(
     values = sum(graph.value_size(node.name, free) for node in graph.nodes)
     trained = graph.pooled_first
     kept = sum(trained.value_size(node.name, free) for node in trained.nodes if node.name not in trained.in_place)
-    together = microbatch(graph, settings.batch_size, width) * (kept + 2 * graph.largest_value)
+    together = microbatch(graph, settings.batch_size, device, width) * (kept + 2 * graph.largest_value)
     if graph.is_dense:
         together = (2 * settings.batch_size + LARGEST_BATCH) * values // 2
-    else:  # a point at a time
-        fixed += width * max(together, evaluation_batch(graph) * 2 * graph.largest_value)
+    elif is_one_block(graph, device):
+        together = max(together, evaluation_batch(graph, device) * values)
+    else:
+        fixed += width * max(together, evaluation_batch(graph, device) * 2 * graph.largest_value)
         together = 0
     per_point = 1 + parameters * (16 + 12 + (6 if width == 2 else 0)) + width * together
     return MemoryEstimate(fixed, per_point)

@@ -20,7 +20,7 @@ from clnp_search.clnp.pack import Features, Pack
 from clnp_search.clnp.scan import Candidate, scan
 from clnp_search.clnp.state import FreeParameters, Parameters, State, TaskInfo
 from clnp_search.clnp.subnetwork import Subnetwork
-from clnp_search.clnp.training import Training, TrainingSettings
+from clnp_search.clnp.training import Training, TrainingSettings, set_precision
 from clnp_search.records import Epoch, Point, PointRecord, ScanRecord, TaskPlan
 from clnp_search.search.points import pack_name
 from clnp_search.storage import RunFolder
@@ -131,6 +131,7 @@ def run_pack(inputs: TaskInputs, points: Sequence[Point], believed: bool = True)
     if planned != torch.__version__:
         notes = (f"planned with torch {planned}, trained with torch {torch.__version__}",)
     yield from train_pack(inputs, points, notes, believed)
+    _release()
 
 
 def train_pack(
@@ -160,8 +161,7 @@ def train_pack(
         note = f"a pack of {len(points)} points ran out of memory and was split"
         believed = False
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    _release()
     middle = len(points) // 2
     for half in (points[:middle], points[middle:]):
         yield from train_pack(inputs, half, (*notes, note), believed)
@@ -207,6 +207,7 @@ def _train(inputs: TaskInputs, points: Sequence[Point], notes: tuple[str, ...]) 
                 for position, each in enumerate(trained)
             ]
         # As the scan counts, in float32 whatever the training's precision, so that both are held to one limit.
+        set_precision("float32")
         counts = [
             _validate(inputs, each, pack.device) if usable else [(0, len(training.validation))]
             for each, usable in zip(trained, finite, strict=True)
@@ -305,13 +306,14 @@ def _computing() -> Iterator[None]:
 def scan_point(inputs: TaskInputs, point: Point, min_correct: int, rule: str) -> ScanRecord:
     """The threshold scan of a finished point, in float32 like the subnetwork that is cut at its threshold."""
     device = _prepare(inputs.plan, inputs.run.settings)
-    torch.set_float32_matmul_precision("highest")
+    set_precision("float32")
     folder, task, number = RunFolder(inputs.run.folder), inputs.plan.task, inputs.plan.round
     record = folder.read_point(task, point.name_in(number))
     if record is None:
         raise FileNotFoundError(f"{folder.uri}: task {task}: the record of {point.name_in(number)} is missing")
-    candidate = Candidate(inputs.state, folder.read_trained(task, record), *_validation(inputs.data(), device))
-    found = scan(candidate, point.index, min_correct, rule)
+    trained, data = folder.read_trained(task, record), inputs.data()
+    found = scan(Candidate(inputs.state, trained, *_validation(data, device)), point.index, min_correct, rule)
+    _release()
     of = replace(found, key=record.key, parameters_sha256=record.parameters_sha256, round=number)
     return replace(of, rule=rule, min_correct=min_correct)
 
@@ -362,10 +364,17 @@ def _prepare(plan: TaskPlan, settings: TrainingSettings) -> torch.device:
     """Sets up this process, which may have trained another pack before, as the plan says."""
     torch.set_num_threads(plan.environment.threads)
     torch.set_flush_denormal(True)
-    torch.set_float32_matmul_precision("high" if settings.precision == "tf32" else "highest")
+    set_precision(settings.precision)
     torch.manual_seed(0)
     # Made here, where a device that is missing is no fault of a point.
     return torch.empty(0, device=plan.environment.device).device
+
+
+def _release() -> None:
+    """Gives back the memory of what has ended, so that other processes can have it: a GPU's is kept otherwise."""
+    if torch.cuda.is_initialized():
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def _out_of_memory(error: BaseException) -> bool:

@@ -21,7 +21,7 @@ from ray.tune.search import Searcher
 
 from clnp_search.errors import MachineFault
 from clnp_search.records import PackProgress
-from clnp_search.search.retries import cause_of, pause, tried
+from clnp_search.search.retries import cause_of, in_new_process, pause, tried
 
 if TYPE_CHECKING:
     from clnp_search.search.trial import OfTask, RunInputs
@@ -201,7 +201,9 @@ def _train_trial(
     for failures in range(1, max_failures + 2):
         given_up, cause = failures > max_failures, ""
         try:
-            for item in task.remote(shared[0], config["inputs"][0], config["pack"], failures > 1 or given_up):
+            for item in task.options(**in_new_process(failures - 1)).remote(
+                shared[0], config["inputs"][0], config["pack"], failures > 1 or given_up
+            ):
                 report = ray.get(item)
                 cause = report.get("cause", "")
                 if not cause:

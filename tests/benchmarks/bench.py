@@ -26,6 +26,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from threading import Barrier
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from rich.console import Console
@@ -35,10 +36,11 @@ from rich.table import Table
 from clnp_search.clnp.graph import Graph, mlp, zenke
 from clnp_search.clnp.initial import draw
 from clnp_search.clnp.pack import Features, Pack
+from clnp_search.clnp.replay import Replay
 from clnp_search.clnp.scan import Candidate, scan
 from clnp_search.clnp.state import Architecture, InputTransform, State, TaskInfo, commit
 from clnp_search.clnp.subnetwork import subnetworks
-from clnp_search.clnp.training import Training, TrainingSettings
+from clnp_search.clnp.training import Training, TrainingSettings, set_precision
 from clnp_search.config import sweep_of
 from clnp_search.records import Environment, Point, TaskPlan
 from clnp_search.search.points import estimate_memory, pack_name
@@ -122,11 +124,11 @@ def _mnist(root: Path) -> RawData:
     return load_mnist(root)
 
 
-def prepare(threads: int) -> None:
+def prepare(threads: int, precision: str = "float32") -> None:
     """Sets up this process as a trial does."""
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
-    torch.set_float32_matmul_precision("highest")
+    set_precision(precision)
 
 
 def timed(action: Callable[[], object]) -> float:
@@ -136,11 +138,17 @@ def timed(action: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def matrix_rate(repeats: int, dtype: torch.dtype = torch.float32, size: int = 2048) -> float:
+def matrix_rate(repeats: int, dtype: torch.dtype = torch.float32, size: int = 2048, device: str = "cpu") -> float:
     """The machine's best FLOP/s of a square matrix product, on the threads that torch has now."""
-    a, b, out = (torch.rand(size, size).to(dtype) for _ in range(3))
-    torch.mm(a, b, out=out)
-    return 2 * size**3 / min(timed(lambda: torch.mm(a, b, out=out)) for _ in range(4 * repeats))
+    a, b, out = (torch.randn(size, size, device=device).to(dtype) for _ in range(3))
+
+    def multiply() -> None:
+        torch.mm(a, b, out=out)
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    multiply()
+    return 2 * size**3 / min(timed(multiply) for _ in range(4 * repeats))
 
 
 def make_points(num: int, layers: int = 3) -> list[Point]:
@@ -186,16 +194,28 @@ class Bench:
         self.training.run_epoch()
         return min(timed(self.training.run_epoch) for _ in range(repeats))
 
+    def unrecorded_epoch(self, repeats: int) -> float:
+        """The same where every kernel is launched by itself."""
+        with patch.object(Replay, "__call__", lambda self, key, work: work()):
+            return self.best_epoch(repeats)
+
     def flops(self, seconds: float) -> float:
         """FLOP/s of the training arithmetic, if an epoch took these seconds."""
         return self.pack.training_flop * len(self.train) / seconds
 
 
-def on_random(state: State, num_points: int, num_batches: int, precision: str = "float32") -> Bench:
+def on_random(
+    state: State,
+    num_points: int,
+    num_batches: int,
+    precision: str = "float32",
+    device: str = "cpu",
+    together: int | None = None,
+) -> Bench:
     """A pack on random data; its validation split is one sample, so that an epoch is its steps."""
     shape, points = state.graph.input_shape, make_points(num_points, len(state.graph.layers))
     train, validation = (random_samples(num, shape) for num in (num_batches * BATCH, 1))
-    return _bench(state, points, train, validation, settings(99, precision))
+    return _bench(state, points, train, validation, settings(99, precision), device=device, together=together)
 
 
 def on_mnist(state: State, points: list[Point], data: TaskData, how: TrainingSettings, seed: int = 0) -> Bench:
@@ -206,10 +226,17 @@ def on_mnist(state: State, points: list[Point], data: TaskData, how: TrainingSet
 
 
 def _bench(
-    state: State, points: list[Point], train: Any, validation: Any, how: TrainingSettings, seed: int = 0
+    state: State,
+    points: list[Point],
+    train: Any,
+    validation: Any,
+    how: TrainingSettings,
+    seed: int = 0,
+    device: str = "cpu",
+    together: int | None = None,
 ) -> Bench:
-    initial = draw(state, CLASSES, seed)
-    pack = Pack(state, CLASSES, [point.alpha for point in points], initial, "cpu", how.dtype, how.penalty)
+    initial, alphas = draw(state, CLASSES, seed), [point.alpha for point in points]
+    pack = Pack(state, CLASSES, alphas, initial, device, how.dtype, how.penalty, together)
     started = time.perf_counter()
     features = pack.features(*train)
     prepared_s = time.perf_counter() - started
@@ -497,24 +524,61 @@ def _network(name: str) -> tuple[Graph, torch.nn.Module]:
 
 
 def _plain_epoch(
-    module: torch.nn.Module, samples: tuple[torch.Tensor, torch.Tensor], precision: str
+    module: torch.nn.Module, samples: tuple[torch.Tensor, torch.Tensor], precision: str, device: str = "cpu"
 ) -> Callable[[], None]:
     """An epoch as one would write it: channels-last, fused Adam, the data as one tensor, bf16 by autocast."""
-    module = module.to(memory_format=torch.channels_last).train()
+    module = module.to(device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.Adam(module.parameters(), lr=0.001, fused=True)
     weights = [parameter for parameter in module.parameters() if parameter.ndim > 1]
-    inputs, labels = samples[0].contiguous(memory_format=torch.channels_last), samples[1]
+    inputs, labels = samples[0].to(device, memory_format=torch.channels_last), samples[1].to(device)
 
     def epoch() -> None:
-        for index in torch.randperm(len(labels)).split(BATCH):
+        for index in torch.randperm(len(labels)).to(device).split(BATCH):
             optimizer.zero_grad()
-            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
                 logits = module(inputs[index])
             loss = torch.nn.functional.cross_entropy(logits.float(), labels[index])
             (loss + 1e-5 * sum(weight.abs().sum() for weight in weights)).backward()
             optimizer.step()
+        loss.item()  # waits for the device
 
     return epoch
+
+
+def gpu(options: Options) -> Iterator[Row]:
+    """Packs on a GPU: narrow ones of many points, shares of the matrix rate, networks against plain PyTorch."""
+    if not torch.cuda.is_available():
+        return
+    for precision in ("float32", "tf32", "bf16"):
+        prepare(CORES, precision)
+        dtype, num_batches = settings(1, precision).dtype, options.batches(100)
+        peak = matrix_rate(options.repeats, dtype, 8192, "cuda")
+        steps = {}
+        for points in (1, 64):
+            bench = on_random(make_state(NARROW), points, num_batches, precision, "cuda")
+            steps[points] = [each(options.repeats) / num_batches for each in (bench.best_epoch, bench.unrecorded_epoch)]
+        ours, apart = ([f"{1e6 * steps[points][way]:.0f} us" for points in (64, 1)] for way in (0, 1))
+        detail = f"a step {' / '.join(ours)}; kernels launched one by one {' / '.join(apart)}"
+        yield Row(f"64 points over one, 2 x 100, {precision}", steps[64][0] / steps[1][0], high=2.0, detail=detail)
+        for points in (1, 8):
+            bench = on_random(make_state(WIDE), points, num_batches, precision, "cuda")
+            rate = bench.flops(bench.best_epoch(options.repeats))
+            detail = f"{rate / 1e12:.0f} of {peak / 1e12:.0f} TFLOP/s"
+            yield Row(
+                f"arithmetic over matrix rate, 2 x 2000, {points} points, {precision}", rate / peak, detail=detail
+            )
+    graph, module = _network("zenke")
+    num_batches = options.batches(20)
+    plain = _plain_epoch(module, random_samples(num_batches * BATCH, graph.input_shape), precision, "cuda")
+    plain()
+    theirs = min(timed(plain) for _ in range(options.repeats)) / num_batches
+    for points, together in ((4, 1), (4, 4), (16, 1), (16, 16)):
+        bench = on_random(make_state(graph), points, num_batches, precision, "cuda", together)
+        ours = bench.best_epoch(options.repeats) / num_batches
+        detail = f"{1e3 * ours / points:.2f} ms / {1e3 * theirs:.2f} ms a point and step; "
+        detail += f"{bench.pack.training_flop * BATCH / ours / 1e12:.0f} of {peak / 1e12:.0f} TFLOP/s"
+        figure = f"zenke, {points} points, {together} at a time, over plain PyTorch, {precision}"
+        yield Row(figure, ours / points / theirs, detail=detail)
 
 
 def marginal(options: Options) -> Iterator[Row]:
@@ -763,6 +827,7 @@ BENCHMARKS: dict[str, Callable[[Options], Iterator[Row]]] = {
     "network_frozen": network_frozen,
     "own_parts": own_parts,
     "network_scan": network_scan,
+    "gpu": gpu,
     "marginal": marginal,
     "memory": memory,
     "curves": curves,
@@ -808,7 +873,9 @@ def main() -> None:
     for name in args.names or BENCHMARKS:
         started = time.perf_counter()
         try:
-            rows += [(name, row) for row in BENCHMARKS[name](options)]
+            for row in BENCHMARKS[name](options):
+                rows.append((name, row))
+                log.print(f"{row.figure}: {row.measured:.3g} {row.detail}", highlight=False, markup=False)
         except Exception:  # the others' figures are not lost by it
             log.print_exception()
             status = 1

@@ -176,7 +176,7 @@ def test_a_driver_that_is_killed_while_its_cluster_lives_on(cli: Cli, digest: st
 
 
 def test_a_head_that_is_lost_and_a_new_cluster(
-    cli: Cli, digest: str, nodes: RayNodes, folder: Path, store: ObjectStore
+    cli: Cli, digest: str, store: ObjectStore, nodes: RayNodes, folder: Path
 ) -> None:
     run = Watched(join_uri(store.storage, "head"))
     process = cli.start(
@@ -313,8 +313,8 @@ def test_two_drivers_on_two_machines_whose_clocks_differ(cli: Cli, digest: str) 
 
 def test_fifty_random_kills(
     cli: Cli,
-    nodes: RayNodes,
     store: ObjectStore,
+    nodes: RayNodes,
     server: TrackingServer,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -328,7 +328,8 @@ def test_fifty_random_kills(
     places = ("--storage", store.storage, "--tracking-uri", server.uri, "--address", nodes.address)
     killed: Counter[str] = Counter()
     began = time.monotonic()
-    process = cli.start("run", "sweep.yaml", "--name", "kills", *LONG, *tasks, *places)
+    begin = ("run", "sweep.yaml", "--name", "kills", *LONG, *tasks, *places)
+    process = cli.start(*begin)
     while killed.total() < 50:
         victim = chance.choice(("driver", "worker", "node", "MLflow", "storage"))
         time.sleep(chance.uniform(0, 3))
@@ -336,7 +337,8 @@ def test_fifty_random_kills(
             status, errors = ended(process)
             assert status in (1, -signal.SIGKILL), errors
             run.look()
-            process = cli.start("resume", run.folder.uri, *places[2:])
+            has_begun = run.folder.exists("sweep.yaml")
+            process = cli.start(*(("resume", run.folder.uri, *places[2:]) if has_begun else begin))
             continue
         if victim == "worker":
             busy = [
