@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 
 import torch
 
+from clnp_search.clnp.rates import matrix_rate
 from clnp_search.errors import InputError
 from clnp_search.records import Environment, Point, TaskPlan, TaskResult
 from clnp_search.search.capacity import Capacity
@@ -24,7 +24,6 @@ from clnp_search.storage import RunFolder
 MATRIX_SHARE = 0.75
 STEP_S = 1e-3
 TASK_S = 1.0
-MATRIX_SIZE, MATRIX_LIMIT_S = 1024, 0.5
 MEASURED_STEPS = 10
 
 
@@ -209,19 +208,3 @@ def _assumed(sequence: TaskSequence) -> Pace | None:
     rate = matrix_rate(resources.device, settings.dtype, resources.cpu)
     source = f"assumed: {MATRIX_SHARE:.0%} of this machine's {rate / 1e9:,.0f} GFLOP/s in matrix products"
     return Pace(MATRIX_SHARE * rate, STEP_S, TASK_S, f"{source}; --measure trains a few steps instead")
-
-
-def matrix_rate(device: str, dtype: torch.dtype, threads: int) -> float:
-    """FLOP/s of a square matrix product, the best of those that fit half a second."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        a, b = (torch.rand(MATRIX_SIZE, MATRIX_SIZE, device=device).to(dtype) for _ in range(2))
-        best, end = math.inf, time.perf_counter() + MATRIX_LIMIT_S
-        while time.perf_counter() < end:
-            started = time.perf_counter()
-            (a @ b)[0, 0].item()  # waits for the device
-            best = min(best, time.perf_counter() - started)
-    finally:
-        torch.set_num_threads(before)
-    return 2 * MATRIX_SIZE**3 / best

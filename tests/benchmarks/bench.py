@@ -36,6 +36,7 @@ from rich.table import Table
 from clnp_search.clnp.graph import Graph, mlp, zenke
 from clnp_search.clnp.initial import draw
 from clnp_search.clnp.pack import Features, Pack
+from clnp_search.clnp.rates import matrix_rate
 from clnp_search.clnp.replay import Replay
 from clnp_search.clnp.scan import Candidate, scan
 from clnp_search.clnp.state import Architecture, InputTransform, State, TaskInfo, commit
@@ -138,17 +139,9 @@ def timed(action: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def matrix_rate(repeats: int, dtype: torch.dtype = torch.float32, size: int = 2048, device: str = "cpu") -> float:
-    """The machine's best FLOP/s of a square matrix product, on the threads that torch has now."""
-    a, b, out = (torch.randn(size, size, device=device).to(dtype) for _ in range(3))
-
-    def multiply() -> None:
-        torch.mm(a, b, out=out)
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-    multiply()
-    return 2 * size**3 / min(timed(multiply) for _ in range(4 * repeats))
+def peak_rate(dtype: torch.dtype = torch.float32) -> float:
+    """The best FLOP/s of a matrix product on the threads that torch has now."""
+    return matrix_rate("cpu", dtype, size=2048)
 
 
 def make_points(num: int, layers: int = 3) -> list[Point]:
@@ -292,7 +285,7 @@ def peers(options: Options) -> Iterator[Row]:
     prepare(CORES)
     bench = on_random(make_state(NARROW), num_points, 1)
     samples = epochs * (len(options.raw().train_labels) - options.validation)
-    floor = nothing + bench.pack.training_flop * samples / matrix_rate(options.repeats)
+    floor = nothing + bench.pack.training_flop * samples / peak_rate()
     yield Row("plain Ray Tune with one trial that does nothing [s]", nothing)
     for name, bar in (("peer_dataloader", 15.0), ("peer_tensor", 6.0)):
         theirs = statistics.median(walls[name])
@@ -334,7 +327,7 @@ def _longest_pack(folder: RunFolder) -> float:
 def rate(options: Options) -> Iterator[Row]:
     """Training arithmetic of a pack over the machine's float32 matrix rate."""
     prepare(CORES)
-    peak = matrix_rate(options.repeats)
+    peak = peak_rate()
     found = {}
     for hidden, points, bar in ((WIDE, 1, 0.8), (WIDE, 2, 0.8), (NARROW, 12, 0.7)):
         bench = on_random(make_state(hidden), points, options.batches(40))
@@ -346,7 +339,7 @@ def rate(options: Options) -> Iterator[Row]:
     with context.Manager() as manager, ProcessPoolExecutor(CORES, mp_context=context) as pool:
         work = partial(_rate_beside_others, manager.Barrier(CORES), each, options.batches(40), options.repeats)
         found[f"2 x 100, {CORES} processes x {each} points"] = (sum(pool.map(work, range(CORES))), 0.7)
-    peak = max(peak, matrix_rate(options.repeats))
+    peak = max(peak, peak_rate())
     for name, (measured, bar) in found.items():
         detail = f"{measured / 1e9:.0f} of {peak / 1e9:.0f} GFLOP/s"
         yield Row(f"training arithmetic over matrix rate: {name}", measured / peak, low=bar, detail=detail)
@@ -388,7 +381,7 @@ def bf16(options: Options) -> Iterator[Row]:
             seconds[precision].extend(timed(bench.training.run_epoch) for _ in range(2))
             accuracies[precision].append(bench.training.history[-1][0].val_accuracy)
     best = {precision: min(values) for precision, values in seconds.items()}
-    faster = matrix_rate(options.repeats, torch.bfloat16) / matrix_rate(options.repeats)
+    faster = peak_rate(torch.bfloat16) / peak_rate()
     detail = f"{best['float32']:.1f} s / {best['bf16']:.1f} s; a matrix product is {faster:.1f} times faster"
     yield Row("float32 over bf16, 2 x 2000, epoch time", best["float32"] / best["bf16"], low=1.5, detail=detail)
     spread = max(accuracies["float32"]) - min(accuracies["float32"]) if options.full else None
@@ -433,7 +426,7 @@ def networks(options: Options) -> Iterator[Row]:
             rate = bench.pack.training_flop * BATCH / ours
             detail = (
                 f"{1e3 * ours / points:.0f} ms / {1e3 * theirs:.0f} ms a point and step; {rate / 1e9:.0f} GFLOP/s of "
-                f"{matrix_rate(options.repeats, settings(1, precision).dtype) / 1e9:.0f}"
+                f"{peak_rate(settings(1, precision).dtype) / 1e9:.0f}"
             )
             figure = f"{name}, {points} points over plain PyTorch, {precision}"
             yield Row(figure, ours / points / theirs, high=bar, detail=detail)
@@ -552,7 +545,7 @@ def gpu(options: Options) -> Iterator[Row]:
     for precision in ("float32", "tf32", "bf16"):
         prepare(CORES, precision)
         dtype, num_batches = settings(1, precision).dtype, options.batches(100)
-        peak = matrix_rate(options.repeats, dtype, 8192, "cuda")
+        peak = matrix_rate("cuda", dtype, size=8192)
         steps = {}
         for points in (1, 64):
             bench = on_random(make_state(NARROW), points, num_batches, precision, "cuda")
@@ -788,7 +781,7 @@ def curves(options: Options) -> Iterator[Row]:
             for fraction in (0.0, 0.25, 0.5, 0.75)
         ],
     }
-    peak = matrix_rate(options.repeats)
+    peak = peak_rate()
     drawn: dict[str, list[tuple[int, float, float]]] = {}
     for title, cases in panels.items():
         drawn[title] = []
