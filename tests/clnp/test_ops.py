@@ -183,3 +183,20 @@ def test_dropout_of_a_unit_takes_all_of_its_values(unit: str, kept_together: tup
 @pytest.mark.parametrize("settings", [{"share": 0.0}, {"share": 0.5}])
 def test_dropout_does_nothing_in_evaluation_or_without_a_share(settings: dict[str, Any]) -> None:
     assert Dropout(**settings).plain([MAP], {}, training=not settings["share"]) is MAP
+
+
+@pytest.mark.parametrize("shape", [(100, 8, 3, 3), (100, 8)])
+@pytest.mark.parametrize("unit", ["value", "channel", "sample"])
+def test_points_that_are_computed_together_drop_the_same(unit: str, shape: tuple[int, ...]) -> None:
+    def side_by_side(points: int) -> torch.Tensor:
+        value = torch.ones(shape[0], points * shape[1], *shape[2:])
+        return value if value.ndim == 4 else value.T.contiguous()
+
+    torch.manual_seed(0)
+    alone = Dropout(0.5, unit).packed([side_by_side(1)], {}, 1, training=True)
+    torch.manual_seed(0)
+    together = Dropout(0.5, unit).packed([side_by_side(2)], {}, 2, training=True)
+    assert torch.equal(together, torch.cat([alone, alone], 1 if alone.ndim == 4 else 0))
+    dropped = (alone if alone.ndim == 4 else alone.T) == 0
+    assert 0.3 < dropped.float().mean().item() < 0.7
+    assert unit != "sample" or torch.equal(dropped.flatten(1).any(1), dropped.flatten(1).all(1))
