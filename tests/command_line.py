@@ -69,10 +69,10 @@ def descendants(parent: int) -> dict[int, str]:
         if path.name.isdigit():
             try:
                 fields = (path / "stat").read_text().rpartition(")")[2].split()
-                parents[int(path.name)] = int(fields[1])
-                names[int(path.name)] = (path / "cmdline").read_text().replace("\0", " ")
-            except OSError:
+                name = (path / "cmdline").read_text().replace("\0", " ")
+            except OSError:  # it has ended meanwhile
                 continue
+            parents[int(path.name)], names[int(path.name)] = int(fields[1]), name
     found: dict[int, str] = {}
     front = [parent]
     while front:

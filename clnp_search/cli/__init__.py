@@ -245,6 +245,15 @@ def submit(
     stop: Annotated[
         bool, typer.Option("--stop", help="Stop the job of this sweep and name; every finished point is kept.")
     ] = False,
+    packages: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--uv",
+            metavar="PACKAGE",
+            help="What uv installs on the nodes for this job: clnp-search==0.1.0, say, or a wheel, which is sent; may "
+            "be repeated. Default: nothing; the nodes have what their image has.",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Send the same run to a Ray cluster as a job. Storage and tracking must be reachable from there.
@@ -262,7 +271,7 @@ def submit(
         print_json(asdict(job) | {"status": status}) if as_json else out.print(f"{job.submission_id}: {status}")
         return
     environment = {logs.VARIABLE: "json"} if logs.is_json() else {}
-    job = submit_run(sweep, name, address, environment)
+    job = submit_run(sweep, name, address, environment, packages or ())
     if not follow:
         print_json(asdict(job)) if as_json else out.print(f"submitted as {job.submission_id} to {job.address}")
         return

@@ -11,6 +11,7 @@ import logging
 import os
 import socket
 import sys
+import threading
 import traceback
 import uuid
 from collections import Counter
@@ -62,6 +63,7 @@ BESIDE_NICENESS = 10
 START_ATTEMPTS = 4
 PROBE_S = 5.0
 NODE_S = 60.0
+LEAVE_S = 0.2  # how long leaving a cluster may wait for another thread
 T = TypeVar("T")
 
 
@@ -70,6 +72,7 @@ class Cluster:
 
     def __init__(self, resources: ResourcesConfig) -> None:
         self.resources = resources
+        self._beside, self._left = threading.Lock(), False
         self._alive = [node for node in ray.nodes() if node["Alive"]]
         # A process that has used one of several GPUs cannot be given another.
         several = bool(resources.gpu) and any(_node(node).gpus > 1 for node in self._alive)
@@ -134,7 +137,9 @@ class Cluster:
         finally:
             for name in (token, *(f"{token}-{node}" for node in names)):
                 storage.delete(name)
-        if faults:
+        # What has ended meanwhile trains nothing.
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        if faults := {node: fault for node, fault in faults.items() if node in alive}:
             listed = "".join(f"\n  {names[node]}: {fault}" for node, fault in faults.items())
             raise InputError(f"{len(faults)} of {len(names)} nodes cannot train with storage {storage.uri}{listed}")
 
@@ -153,13 +158,33 @@ class Cluster:
         """Calls a function in a process of its own, so that it does not take the driver's interpreter from the search.
 
         Where that fails, it is called here: a client's machine is none of the cluster's, which may not see its storage.
+
+        Raises:
+            RuntimeError: The cluster is left, or was left before the function has ended.
         """
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-        remote = ray.remote(num_cpus=0, max_retries=0, runtime_env=BESIDE_ENVIRONMENT, scheduling_strategy=here)(_call)
         try:
-            ray.get(remote.remote(function, arguments))
+            with self._beside:
+                self._call_beside(function, arguments)
         except ray.exceptions.RayError:
             function(*arguments)
+
+    def _call_beside(self, function: Callable[..., None], arguments: Sequence[Any]) -> None:
+        if not self._left:
+            here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+            options = {"num_cpus": 0, "max_retries": 0, "runtime_env": BESIDE_ENVIRONMENT, "scheduling_strategy": here}
+            called = ray.remote(**options)(_call).remote(function, arguments)
+            while not self._left:
+                if ray.wait([called], timeout=LEAVE_S)[0]:
+                    ray.get(called)
+                    return
+            del called  # here, and not where the error is forgotten: Ray may be shut down by then
+        raise RuntimeError("the cluster is left")
+
+    def leave(self) -> None:
+        """Waits until no other thread uses Ray, which would end this process when it is shut down meanwhile."""
+        self._left = True
+        with self._beside:
+            pass
 
     def train(
         self,
@@ -253,7 +278,10 @@ def connect(address: str, resources: ResourcesConfig, num_points: int = 0) -> It
     try:
         cluster = Cluster(resources)
         cluster.warm_up(num_points)
-        yield cluster
+        try:
+            yield cluster
+        finally:
+            cluster.leave()
     finally:
         # Ray ends this process if another thread frees one of its references meanwhile, as the garbage collector would.
         gc.disable()

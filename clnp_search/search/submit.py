@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from packaging.requirements import InvalidRequirement, Requirement
 
 from clnp_search.config import ModuleConfig, Sweep
 from clnp_search.errors import InputError, MachineFault
 from clnp_search.search.retries import pause, tried
 from clnp_search.tasks import SCENARIOS, kind_of
 
+logger = logging.getLogger(__name__)
 POLL_S = 1.0
 MAX_MODULES_BYTES = 16 << 20
 SEND_ATTEMPTS = 6
@@ -53,6 +59,8 @@ class Job:
             show(log[shown:])
             shown = len(log)
             if status.is_terminal():
+                if status.value == "FAILED" and not log:  # it has not come to a log of its own
+                    logger.error("the job has not begun: %s", client.get_job_info(self.submission_id).message)
                 return str(status.value)
             time.sleep(POLL_S)
 
@@ -62,16 +70,18 @@ def job_of(sweep: Sweep, name: str, address: str) -> Job:
     return Job(address, f"clnp-{name}-{hashlib.sha256(sweep.to_yaml().encode()).hexdigest()[:12]}")
 
 
-def submit_run(sweep: Sweep, name: str, address: str, environment: dict[str, str]) -> Job:
+def submit_run(sweep: Sweep, name: str, address: str, environment: dict[str, str], packages: Sequence[str] = ()) -> Job:
     """Sends a run to a cluster; one that is there already is not sent again.
 
     With the sweep go the user's own modules, if it names any, and no data.
 
     Args:
         environment: Variables that it shall have.
+        packages: What uv installs for it on the nodes, beside what they have: requirements, and wheels, which are sent.
 
     Raises:
-        InputError: No job server answers there, the `cluster` extra is not installed, or there is too much to send.
+        InputError: No job server answers there, the `cluster` extra is not installed, there is too much to send, or a
+            package is none.
         MachineFault: The server takes no job.
     """
     client = _client(address)
@@ -86,12 +96,16 @@ def submit_run(sweep: Sweep, name: str, address: str, environment: dict[str, str
     with tempfile.TemporaryDirectory() as folder:
         shipped = _ship_modules(sweep, Path(folder))
         (Path(folder) / "sweep.yaml").write_text(shipped.to_yaml(), encoding="utf-8")
+        runtime_env: dict[str, Any] = {"working_dir": folder, "env_vars": variables}
+        if packages:
+            required = [_ship_package(package, Path(folder)) for package in packages]
+            runtime_env["uv"] = {"packages": required, "uv_pip_install_options": []}  # by default without uv's cache
         for failures in range(1, SEND_ATTEMPTS + 1):
             try:
                 client.submit_job(
                     entrypoint=f"python -m clnp_search run sweep.yaml --name {name} --address auto",
                     submission_id=job.submission_id,
-                    runtime_env={"working_dir": folder, "env_vars": variables},
+                    runtime_env=runtime_env,
                 )
                 break
             except RuntimeError as error:  # a server that is up answers before its agents, which start jobs, are
@@ -125,6 +139,25 @@ def _ship_modules(sweep: Sweep, target: Path) -> Sweep:
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_bytes(path.read_bytes())
     return sweep.model_copy(update={"modules": (*shipped, *sweep.modules)})
+
+
+def _ship_package(package: str, target: Path) -> str:
+    """The requirement of a package on the nodes; a wheel is copied to what is sent.
+
+    Raises:
+        InputError: It is neither a requirement nor a wheel that is there.
+    """
+    if package.endswith(".whl"):
+        if not Path(package).is_file():
+            raise InputError(f"--uv {package}: no such wheel")
+        shutil.copy(package, target)
+        return f"${{RAY_RUNTIME_ENV_CREATE_WORKING_DIR}}/{Path(package).name}"
+    try:
+        return str(Requirement(package))
+    except InvalidRequirement as error:
+        raise InputError(
+            f"--uv {package}: neither a requirement, as in name==1.0, nor a wheel (.whl): {error}"
+        ) from error
 
 
 def _modules(folder: Path) -> Iterator[Path]:

@@ -7,6 +7,7 @@ import re
 import tempfile
 import time
 import urllib.request
+import zipfile
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -104,6 +105,34 @@ def test_modules_of_ones_own_are_sent_without_data_and_a_stopped_job_keeps_its_p
         time.sleep(0.2)
     assert cli.json(*long, "--stop")["status"] == "STOPPED"
     assert not (cli.folder / "runs" / "long" / "lease.json").exists()  # it ended in order, with status 3
+
+
+@pytest.mark.slow  # Ray copies the environment of a node that is in one
+def test_uv_installs_what_a_job_needs_on_the_nodes(cli: Cli, job_server: str, tmp_path: Path) -> None:
+    write_own(tmp_path / "own", epochs=2)
+    (tmp_path / "own" / "helping" / "shapes.py").write_text("from clnp_search_test_shapes import SIZE\n")
+    wheel = tmp_path / "clnp_search_test_shapes-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        about = f"{wheel.name[: -len('-py3-none-any.whl')]}.dist-info"
+        archive.writestr("clnp_search_test_shapes.py", "SIZE = (4, 4)\n")
+        archive.writestr(f"{about}/METADATA", "Metadata-Version: 2.1\nName: clnp_search_test_shapes\nVersion: 1.0\n")
+        archive.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{about}/RECORD", "")
+    arguments = ["submit", str(tmp_path / "own" / "own.yaml"), "--address", job_server, "--tracking-uri", "none"]
+    arguments += ["--set", f"modules={tmp_path / 'own'}"]
+    without = cli(*arguments, "--name", "without", status=1)
+    assert "clnp_search_test_shapes" in without.stdout + without.stderr
+    assert cli.json(*arguments, "--name", "with", "--uv", str(wheel))["status"] == "SUCCEEDED"
+
+
+@pytest.mark.parametrize(
+    ("package", "said"), [("absent-1.0-py3-none-any.whl", "no such wheel"), ("not a package", "neither a requirement")]
+)
+def test_a_package_that_is_none_is_refused_before_anything_is_sent(
+    cli: Cli, job_server: str, package: str, said: str
+) -> None:
+    arguments = ["submit", "sweep.yaml", "--address", job_server, "--name", "refused"]
+    assert said in cli(*arguments, "--uv", package, status=2).stderr
 
 
 def test_modules_that_are_too_large_are_refused_before_anything_is_sent(
