@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import os
+import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -64,6 +66,21 @@ def test_what_runs_beside_the_search_has_a_process_of_its_own_and_where_that_fai
     assert notes[0] == notes[1]
     assert notes[0] != notes[2] == [str(os.getpid()), "0"]
     assert notes[0][1] == str(cluster.BESIDE_NICENESS)
+
+
+def test_a_cluster_that_is_left_waits_for_no_process_beside_the_search_and_takes_no_other(tmp_path: Path) -> None:
+    def stay() -> None:
+        (tmp_path / "begun").touch()
+        time.sleep(600)
+
+    with connect("local", ResourcesConfig()) as here, ThreadPoolExecutor(1) as other:
+        staying = other.submit(here.beside, stay)
+        while not (tmp_path / "begun").exists() and not staying.done():
+            time.sleep(0.02)
+        here.leave()
+        for left in (staying, other.submit(here.beside, stay)):
+            with pytest.raises(RuntimeError, match="the cluster is left"):
+                left.result()
 
 
 def test_no_other_thread_can_free_what_is_rays_while_it_shuts_down(monkeypatch: pytest.MonkeyPatch) -> None:
