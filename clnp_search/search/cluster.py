@@ -62,7 +62,7 @@ BESIDE_ENVIRONMENT = {"env_vars": {"CLNP_SEARCH_BESIDE": "1"}}
 BESIDE_NICENESS = 10
 START_ATTEMPTS = 4
 PROBE_S = 5.0
-NODE_S = 60.0
+NODE_S, ENVIRONMENT_S = 60.0, 600.0  # for a node's answer, and before it for the job's environment, if uv makes one
 LEAVE_S = 0.2  # how long leaving a cluster may wait for another thread
 T = TypeVar("T")
 
@@ -123,8 +123,9 @@ class Cluster:
                 ): node
                 for node in names
             }
-            done, late = ray.wait([*asked], num_returns=len(asked), timeout=NODE_S)
-            faults = {asked[each]: f"gave no answer within {NODE_S:g} s" for each in late}
+            limit_s = NODE_S + (ENVIRONMENT_S if "uv" in ray.get_runtime_context().runtime_env else 0)
+            done, late = ray.wait([*asked], num_returns=len(asked), timeout=limit_s)
+            faults = {asked[each]: f"gave no answer within {limit_s:g} s" for each in late}
             for each in done:
                 try:
                     fault = ray.get(each)
