@@ -6,6 +6,7 @@ import signal
 import socket
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,12 @@ def test_a_run_without_tracking_has_no_page(cli: Cli) -> None:
     assert cli("ui", "run", status=2).stderr == "run: nothing is logged to MLflow (tracking.uri is none)\n"
 
 
+def is_healthy(port: int) -> bool:
+    with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=30) as answer:
+        return bool(answer.read() == b"OK")
+    return False
+
+
 def test_the_server_shows_the_page_of_the_runs_and_ends_on_an_interrupt(logged: Cli, opened: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -83,8 +90,7 @@ def test_the_server_shows_the_page_of_the_runs_and_ends_on_an_interrupt(logged: 
             page = f"http://127.0.0.1:{port}/#/experiments/7/runs?workflowType=machine_learning&viewStateShareKey=clnp-sequences\n"
             assert process.stderr.readline() == page
             assert any("startup complete" in line for line in process.stderr)
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=30) as answer:
-                assert answer.read() == b"OK"
+            assert wait_until(lambda: is_healthy(port), process, 60)  # it says so before it listens
             assert wait_until(opened.exists, process, 30)
             assert opened.read_text() == page
         finally:
