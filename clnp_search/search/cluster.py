@@ -145,8 +145,8 @@ class Cluster:
             raise InputError(f"{len(faults)} of {len(names)} nodes cannot train with storage {storage.uri}{listed}")
 
     def warm_up(self, num_points: int) -> None:
-        """Has processes import torch while the driver does; those that will use a GPU serve one task only."""
-        if not self.resources.gpu:
+        """Has processes import torch while the driver does, where they will serve more than one task."""
+        if not self._options["max_calls"]:
             remote = ray.remote(**self._options, runtime_env=TRIAL_ENVIRONMENT)(_warm_up)
             for _ in range(min(self.capacity.num_slots, num_points)):
                 remote.remote()
