@@ -250,7 +250,7 @@ class Runner:
         """
         self._sequence.check()
         if self._sweep.training.precision == "bf16" and self._cluster.device == "cpu":
-            warn_of_slow_bf16(self._sweep.resources.cpu)
+            _warn_of_slow_bf16(self._sweep.resources.cpu)
         architecture = self._sequence.architecture
         self._packs(first_points(self._sweep, 0, None, architecture.graph.layers), 0, architecture, {})
 
@@ -659,7 +659,7 @@ class Runner:
         )
 
 
-def warn_of_slow_bf16(threads: int) -> None:
+def _warn_of_slow_bf16(threads: int) -> None:
     """Says so where this machine, and so others too, multiplies more slowly in bfloat16 than in float32."""
     narrow, full = (matrix_rate("cpu", dtype, threads, 512, 0.05) for dtype in (torch.bfloat16, torch.float32))
     if narrow < full:

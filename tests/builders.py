@@ -286,6 +286,11 @@ def make_training(
     return pack, Training(pack, rates, train, validation, settings, 0, state.num_tasks)
 
 
+def each_point(pack: Pack) -> list[list[Tensor]]:
+    """For each point, its trainable tensors [1, ...], with their gradients."""
+    return [tensors for _, tensors in pack.parts(range(pack.num_points))]  # as if each had a rate of its own
+
+
 def run_all(training: Training) -> None:
     """Trains to the last epoch."""
     while not training.finished:

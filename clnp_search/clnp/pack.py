@@ -336,15 +336,6 @@ class Pack:
         """A split of the task's data as this pack reads it: `inputs` [N, ...], `labels` [N]; see `Features`."""
         return Features(self.trunk, inputs.to(self.device), labels.to(self.device), cache_bytes, self.dtype, view)
 
-    @property
-    def parameters(self) -> list[list[Tensor]]:
-        """For each point, its trainable tensors, with their gradients."""
-        return [
-            [_point(tensor, position - first) for tensor in self._trainable(block)]
-            for first, block in zip(self._first, self.blocks, strict=True)
-            for position in range(first, first + block.points)
-        ]
-
     def parts(self, learning_rates: Sequence[float]) -> Iterator[tuple[float, list[Tensor]]]:
         """The trainable tensors, with their gradients, in parts that move at one rate, and that rate.
 
@@ -355,8 +346,8 @@ class Pack:
             rates = learning_rates[first : first + block.points]
             for _, alike in itertools.groupby(range(block.points), lambda point: point if apart else rates[point]):  # noqa: B023
                 start, *others = alike
-                part = slice(start, start + 1 + len(others))
-                yield rates[start], [_point(tensor, part) for tensor in self._trainable(block)]
+                points = slice(start, start + 1 + len(others))
+                yield rates[start], [_part(tensor, points) for tensor in self._trainable(block)]
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -650,11 +641,11 @@ def free_part(state: State, initial: Parameters) -> FreeParameters:
     return FreeParameters(units, tensors, {})
 
 
-def _point(tensor: Tensor, position: int | slice) -> Tensor:
-    """The part of one point, or of some, of a tensor [K, ...], with its part of the gradient."""
-    part = tensor.detach()[position]
+def _part(tensor: Tensor, points: slice) -> Tensor:
+    """The part of some points of a tensor [K, ...], with its part of the gradient."""
+    part = tensor.detach()[points]
     assert tensor.grad is not None
-    part.grad = tensor.grad[position]
+    part.grad = tensor.grad[points]
     return part
 
 

@@ -238,8 +238,8 @@ class Cluster:
             # No more at a time than can run: for tasks that wait, Ray would start processes.
             while left and len(running) < self.capacity.num_slots:
                 point = left.pop(0)
-                try_ = remote.options(**in_new_process(failures[point.name], TRIAL_ENVIRONMENT))
-                running[try_.remote(shared, of_task, point, min_correct, rule)] = point
+                attempt = remote.options(**in_new_process(failures[point.name], TRIAL_ENVIRONMENT))
+                running[attempt.remote(shared, of_task, point, min_correct, rule)] = point
             done, _ = ray.wait(list(running))
             point = running.pop(done[0])
             try:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from builders import OPS_USED, make_pack, make_samples, make_state, using
+from builders import OPS_USED, each_point, make_pack, make_samples, make_state, using
 from torch import Tensor, nn
 
 from clnp_search.clnp.graph import INPUT, Builder, Graph
@@ -84,7 +84,7 @@ def test_points_side_by_side_compute_what_each_computes_alone(op: Op) -> None:
         _move_apart(pack)
         pack.train_batch(pack.features(inputs, labels), torch.arange(12))
     assert [len(pack.blocks) for pack in packs] == [1, 3]
-    for side_by_side, alone in zip(packs[0].parameters, packs[1].parameters, strict=True):
+    for side_by_side, alone in zip(*map(each_point, packs), strict=True):
         for one, other in zip(side_by_side, alone, strict=True):
             torch.testing.assert_close(one, other)
             assert one.grad is not None
@@ -97,7 +97,7 @@ def test_points_side_by_side_compute_what_each_computes_alone(op: Op) -> None:
 
 def _move_apart(pack: Pack) -> None:
     """Gives each point other parameters, the same whoever it is computed with."""
-    for position, tensors in enumerate(pack.parameters):
+    for position, tensors in enumerate(each_point(pack)):
         generator = torch.Generator().manual_seed(position)
         for tensor in tensors:
             tensor.data.add_(0.3 * torch.randn(tensor.shape, generator=generator))

@@ -10,6 +10,7 @@ import torch
 from builders import (
     GRAPHS,
     HEADS,
+    each_point,
     fill_group,
     make_network,
     make_pack,
@@ -307,7 +308,7 @@ def test_pooling_before_a_rising_activation_gives_the_same_bits(network: str) ->
         block = pack.blocks[0]
         logits = block.logits(block.forward(levels, True, graph=graph))
         logits.backward(cross_entropy(logits.detach(), target, 9)[1])
-        seen.append([logits.detach(), *(each.grad for each in pack.parameters[0])])
+        seen.append([logits.detach(), *(each.grad for each in each_point(pack)[0])])
     assert all(map(torch.equal, *seen))
 
 
@@ -707,7 +708,7 @@ def test_bf16_gradients_are_close_to_float32s(network: str, device: torch.device
     for dtype in (torch.float32, torch.bfloat16):
         pack = make_pack(state, 1, device, dtype=dtype)
         pack.train_batch(pack.features(inputs, labels), torch.arange(16, device=device))
-        gradients.append([each.grad for each in pack.parameters[0]])
+        gradients.append([each.grad for each in each_point(pack)[0]])
     for exact, rounded in zip(*gradients, strict=True):
         assert exact is not None
         assert rounded is not None
