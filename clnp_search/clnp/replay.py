@@ -7,6 +7,7 @@ more slowly than a GPU computes them. A record is launched at once.
 from __future__ import annotations
 
 import gc
+import warnings
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
@@ -25,6 +26,9 @@ class Replay:
 
     def __init__(self, device: torch.device) -> None:
         self._records_any = device.type == "cuda"
+        if self._records_any:
+            with torch.enable_grad():  # autograd's thread has a context after a first kernel; cuBLAS, without it, warns
+                torch.ones((), device=device, requires_grad=True).exp().backward()
         self._called: set[Hashable] = set()
         self._records: dict[Hashable, tuple[torch.cuda.CUDAGraph, Any]] = {}
         self._staged: dict[Hashable, Tensor] = {}
@@ -45,8 +49,10 @@ class Replay:
         if key not in self._records:
             graph = torch.cuda.CUDAGraph()
             gc.collect()  # no other record may end while one is made
-            with torch.cuda.graph(graph, self._pool, capture_error_mode="thread_local"):
-                result = work()
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "The CUDA Graph is empty")  # of a full network, say
+                with torch.cuda.graph(graph, self._pool, capture_error_mode="thread_local"):
+                    result = work()
             self._records[key] = graph, result
         graph, result = self._records[key]
         graph.replay()
