@@ -721,9 +721,8 @@ def active_units(state: State) -> dict[str, int]:
 def test_accuracies(sequence: TaskSequence, networks: Iterable[Subnetwork]) -> Iterator[float]:
     """Test accuracy of each task's network."""
     for task, network in enumerate(networks):
-        test = sequence.scenario.test(
-            task
-        )  # without a split of the training set: this part of a task grows with its index
+        # Without a split of the training set: this part of a task grows with its index.
+        test = sequence.scenario.test(task)
         yield num_correct(network, test) / len(test)
 
 
