@@ -106,11 +106,11 @@ class Training:
         """Trains one epoch and gives what was seen at its end, for each point."""
         order = torch.randperm(len(self._train), generator=generator(self._seed, "order", self._task, self.epoch))
         losses = torch.zeros(self._pack.num_points, device=self._pack.device)
+        noise = generator(self._seed, "noise", self._task, self.epoch).initial_seed()
         factor, regulariser = 1.0, self._pack.regulariser
         for step, index in enumerate(order.to(self._pack.device).split(self._settings.batch_size)):
-            number = self.epoch * self._steps_per_epoch + step
-            factor = self._factor(number)
-            losses += self._pack.train_batch(self._train, index, seed=(self._seed + number) << 8)
+            factor = self._factor(self.epoch * self._steps_per_epoch + step)
+            losses += self._pack.train_batch(self._train, index, seed=noise + (step << 8))  # a batch may have parts
             self._optimizer.step(factor)
             self._pack.shrink([rate * factor for rate in self._learning_rates])
             if regulariser is not None:

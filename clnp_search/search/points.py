@@ -28,7 +28,7 @@ PROCESS_BYTES = 680 << 20
 TRIAL_FLOP = 30e9
 # Raised with every change of the code after which the same settings give other bits: points of before and after
 # have other keys, and are never mixed.
-NUMERICS = 3
+NUMERICS = 4
 
 
 def point_key(
@@ -154,7 +154,7 @@ def estimate_memory(
     if graph.is_dense:
         together = (2 * settings.batch_size + LARGEST_BATCH) * values // 2
     elif is_one_block(graph, device):
-        together = max(together, evaluation_batch(graph, device) * values)
+        together += evaluation_batch(graph, device) * values  # a recorded step keeps its memory
     else:
         fixed += width * max(together, evaluation_batch(graph, device) * 2 * graph.largest_value)
         together = 0

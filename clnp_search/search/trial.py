@@ -28,6 +28,8 @@ from clnp_search.tasks import Scenario, Split, TaskData
 
 CHECKPOINT_EVERY_S = 20.0
 REPORT_EVERY_S = 0.5
+# How oneDNN, CUDA, cuBLAS and cuDNN say that memory ran out, where torch does not say it for them.
+OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "ALLOC_FAILED", "unable to find an engine")
 # What computing raises for the same point on any machine. RuntimeError is not among them: torch raises it for what a
 # machine lacks too. Such an error stops the run, which says why and can be resumed.
 POINT_FAULTS = (ArithmeticError, AssertionError, AttributeError, LookupError, NameError, TypeError, ValueError)
@@ -378,5 +380,5 @@ def _release() -> None:
 
 
 def _out_of_memory(error: BaseException) -> bool:
-    message = str(error)
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in message
+    said = str(error)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in said for words in OUT_OF_MEMORY)

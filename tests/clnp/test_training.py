@@ -10,11 +10,11 @@ from dataclasses import replace
 import pytest
 import safetensors.torch
 import torch
-from builders import GRAPHS, make_network, make_samples, make_state, make_training, run_all
+from builders import GRAPHS, make_network, make_pack, make_samples, make_state, make_training, run_all
 from torch.nn import functional
 
 from clnp_search.clnp.graph import conv
-from clnp_search.clnp.pack import Pack, cross_entropy
+from clnp_search.clnp.pack import Features, Pack, cross_entropy
 from clnp_search.clnp.state import Architecture, State, read_safetensors
 from clnp_search.clnp.training import Training, TrainingSettings
 
@@ -96,6 +96,26 @@ def test_the_data_order_depends_on_seed_task_and_epoch_alone() -> None:
     torch.rand(100)
     same.run_epoch()
     assert ours.history == same.history
+
+
+def test_what_is_random_in_a_step_is_drawn_anew_for_every_seed_task_and_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+    train_batch = Pack.train_batch
+
+    def watched(pack: Pack, features: Features, index: torch.Tensor, seed: int = 0) -> torch.Tensor:
+        drawn.append(seed)
+        return train_batch(pack, features, index, seed)
+
+    monkeypatch.setattr(Pack, "train_batch", watched)
+    for seed, task in ((0, 0), (1, 0), (2**63 - 1, 0), (0, 1)):
+        train, validation = make_samples(30, seed=0), make_samples(9, seed=1)
+        pack = make_pack(State.empty(SMALL), ALPHAS)
+        settings = TrainingSettings(epochs=2, batch_size=8)
+        training = Training(pack, RATES, pack.features(*train), pack.features(*validation), settings, seed, task)
+        run_all(training)
+    assert len(set(drawn)) == len(drawn) == 4 * 2 * 4
+    for seed in drawn:
+        torch.Generator().manual_seed(seed + 255)
 
 
 def test_a_diverging_point_ends_as_a_record_and_not_as_an_error() -> None:

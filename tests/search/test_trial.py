@@ -141,6 +141,27 @@ def test_a_pack_that_runs_out_of_memory_is_split_and_says_so(tmp_path: Path, mon
     assert all("4 points ran out of memory and was split" in record.notes[0] for record in records(inputs))
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "CUDA error: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "GET was unable to find an engine to execute this computation",
+    ],
+)
+def test_memory_that_a_library_lacks_splits_a_pack_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str
+) -> None:
+    def out_of_memory(alphas: list[tuple[float, ...]]) -> None:
+        if len(alphas) > 2:
+            raise RuntimeError(words)
+
+    with_pack(monkeypatch, out_of_memory)
+    inputs = make_inputs(tmp_path)
+    run_all(inputs)
+    assert all("4 points ran out of memory and was split" in record.notes[0] for record in records(inputs))
+
+
 def no_memory(alphas: object) -> object:
     return torch.empty(2**45)
 
