@@ -329,6 +329,9 @@ class Pack:
         self._trained_order = self.graph.pooled_first
         self._random = any(isinstance(node.op, Dropout) and node.op.share for node in self.graph.nodes)
         self.replay = Replay(self.device)
+        if self.device.type == "cuda":
+            with torch.enable_grad():  # autograd's thread has a context after a first kernel; cuBLAS, without it, warns
+                torch.ones((), device=self.device, requires_grad=True).exp().backward()
 
     def features(
         self, inputs: Tensor, labels: Tensor, cache_bytes: int = CACHE_BYTES, view: View | None = None

@@ -26,9 +26,6 @@ class Replay:
 
     def __init__(self, device: torch.device) -> None:
         self._records_any = device.type == "cuda"
-        if self._records_any:
-            with torch.enable_grad():  # autograd's thread has a context after a first kernel; cuBLAS, without it, warns
-                torch.ones((), device=device, requires_grad=True).exp().backward()
         self._called: set[Hashable] = set()
         self._records: dict[Hashable, tuple[torch.cuda.CUDAGraph, Any]] = {}
         self._staged: dict[Hashable, Tensor] = {}
