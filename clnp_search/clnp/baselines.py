@@ -235,17 +235,21 @@ class Quadratic(Regulariser):
     def __init__(self, pack: Pack, state: State, strengths: Sequence[float]) -> None:
         importance, anchor = (_parts(state, state.memory.get(what, {}), pack) for what in ("importance", "anchor"))
         factors = torch.tensor(strengths, dtype=torch.float32, device=pack.device)
+        self._trained = list(pack.trainable())
+        # Kept: as temporaries of each step they would go back to the system, which clears them before they come again.
+        self._difference = [torch.empty_like(tensor.detach()) for *_, tensor in self._trained]
         self._terms = [
-            (tensor, factors[points].view(-1, *[1] * (tensor.ndim - 1)), importance[name], anchor[name])
-            for name, points, tensor in pack.trainable()
+            (tensor, factors[points].view(-1, *[1] * (tensor.ndim - 1)), importance[name], anchor[name], difference)
+            for (name, points, tensor), difference in zip(self._trained, self._difference, strict=True)
             if name in importance
         ]
 
     @torch.no_grad()
     def begin(self) -> None:
-        for tensor, factor, importance, anchor in self._terms:
+        for tensor, factor, importance, anchor, difference in self._terms:
             assert tensor.grad is not None
-            tensor.grad.addcmul_((tensor - anchor).mul_(importance), factor)
+            torch.sub(tensor, anchor, out=difference).mul_(importance)
+            tensor.grad.addcmul_(difference, factor)
 
 
 class PathIntegral(Quadratic):
@@ -253,10 +257,9 @@ class PathIntegral(Quadratic):
 
     def __init__(self, pack: Pack, state: State, strengths: Sequence[float]) -> None:
         super().__init__(pack, state, [2 * strength for strength in strengths])
-        self._trained = list(pack.trainable())
-        self._start, self._before, self._penalty, self._path = (
+        self._start, self._penalty, self._path = (
             [make(tensor.detach()) for *_, tensor in self._trained]
-            for make in (torch.clone, torch.clone, torch.zeros_like, torch.zeros_like)
+            for make in (torch.clone, torch.zeros_like, torch.zeros_like)
         )
 
     @property
@@ -266,17 +269,17 @@ class PathIntegral(Quadratic):
     @torch.no_grad()
     def begin(self) -> None:
         super().begin()
-        for (*_, tensor), before, penalty in zip(self._trained, self._before, self._penalty, strict=True):
+        for (*_, tensor), before, penalty in zip(self._trained, self._difference, self._penalty, strict=True):
             assert tensor.grad is not None
             before.copy_(tensor)
             penalty.copy_(tensor.grad)
 
     @torch.no_grad()
     def stepped(self) -> None:
-        of_all = zip(self._trained, self._before, self._penalty, self._path, strict=True)
+        of_all = zip(self._trained, self._difference, self._penalty, self._path, strict=True)
         for (*_, tensor), before, penalty, path in of_all:
             assert tensor.grad is not None
-            path.addcmul_(tensor.grad - penalty, tensor - before, value=-1)
+            path.addcmul_(torch.sub(tensor.grad, penalty, out=penalty), torch.sub(tensor, before, out=before), value=-1)
 
     @torch.no_grad()
     def importance(self, position: int) -> dict[str, Tensor]:
