@@ -13,7 +13,7 @@ from clnp_search.clnp.rates import matrix_rate
 from clnp_search.errors import InputError
 from clnp_search.records import Environment, Point, TaskPlan, TaskResult
 from clnp_search.search.capacity import Capacity
-from clnp_search.search.points import MemoryEstimate, training_flop
+from clnp_search.search.points import MemoryEstimate, cache_share, training_flop
 from clnp_search.search.proposals import first_points
 from clnp_search.search.trial import TaskInputs, measure_step
 from clnp_search.sequence import TaskSequence, reused_point
@@ -132,7 +132,7 @@ class _Workload:
         self.index, self._sequence, self._folder, self._capacity = index, sequence, folder, capacity
         sweep, data = sequence.sweep, sequence.data(index)
         architecture = replace(sequence.architecture, graph=sequence.architecture.graph.widened(widths))
-        self.memory = sequence.memory(architecture, active, index)
+        self.memory = sequence.memory(architecture, active, index, capacity.slot_bytes)
         plan = folder.read_plan(index)
         if plan is not None:
             self.points, self.packs = plan.points, plan.packs
@@ -177,8 +177,8 @@ class _Workload:
             torch.__version__,
             version("clnp-search"),
         )
-        name = sequence.task(index).name
-        plan = TaskPlan(index, name, state.digest, self.points, ("",) * len(self.points), self.packs, environment)
+        name, keys, cache = sequence.task(index).name, ("",) * len(self.points), cache_share(present)
+        plan = TaskPlan(index, name, state.digest, self.points, keys, self.packs, environment, cache_bytes=cache)
         inputs = TaskInputs(sequence.run_inputs(self._folder), plan, state, sequence.drawn(index))
         largest = max(self.packs, key=len)
         return measure_step(inputs, [self.points[each] for each in largest], MEASURED_STEPS)

@@ -72,6 +72,7 @@ class TaskPlan:
         numerics: The `NUMERICS` of the code that the points are trained with.
         num_tasks: Of the sequence, as it was planned then.
         started: When that was, in seconds since 1970; 0 if it was not recorded.
+        cache_bytes: What a trial may take to keep the frozen units' outputs; plans once left it to the code.
     """
 
     task: int
@@ -88,6 +89,7 @@ class TaskPlan:
     numerics: int = 0
     num_tasks: int = 0
     started: float = 0.0
+    cache_bytes: int = 4 << 30
 
     def __post_init__(self) -> None:
         indices = [index for pack in self.packs for index in pack]

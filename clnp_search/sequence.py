@@ -57,6 +57,7 @@ from clnp_search.search.points import (
     NUMERICS,
     MemoryEstimate,
     auto_points_per_trial,
+    cache_share,
     estimate_memory,
     pack_points,
     point_key,
@@ -180,24 +181,29 @@ class TaskSequence:
             graph=self.architecture.graph,
             augment=sweep.scenario.augment.settings,
             method=sweep.method,
+            gpu=sweep.resources.gpu,
         )
 
     def empty_state(self) -> State:
         """The state before the first task."""
         return State.empty(self.architecture)
 
-    def memory(self, architecture: Architecture, active: Mapping[str, int], index: int) -> MemoryEstimate:
+    def memory(
+        self, architecture: Architecture, active: Mapping[str, int], index: int, slot_bytes: int
+    ) -> MemoryEstimate:
         """What a trial of the task at `index` needs.
 
         Args:
             architecture: As the task begins with it.
             active: Units of each group that are frozen already.
+            slot_bytes: What there is for it.
         """
         data, baseline = self.data(index), self.sweep.baseline
         classes, settings, device = data.info.num_classes, self.sweep.training.settings, self.sweep.resources.device
         train, validation = len(data.train), len(data.validation)
         if baseline is None:
-            return estimate_memory(architecture, active, classes, train, validation, settings, device)
+            cache = cache_share(slot_bytes)
+            return estimate_memory(architecture, active, classes, train, validation, settings, device, cache)
         tasks = index + 1 if baseline.JOINT else 1
         estimate = estimate_memory(architecture, {}, classes, tasks * train, tasks * validation, settings, device)
         # What a regulariser keeps: at most an importance, an anchor and four buffers for each parameter.
@@ -221,14 +227,13 @@ class TaskSequence:
         """Which points each trial of a task trains.
 
         Args:
-            architecture, active, index: As `memory` has them.
+            architecture, active, index, slot_bytes: As `memory` has them.
             num_slots: Trials that run at the same time.
-            slot_bytes: Memory of each.
         """
         asked, of_task = self.sweep.search.points_per_trial, (architecture, active, index)
         if asked != "auto":
             return pack_points(points, asked)
-        memory, flop = self.memory(*of_task), self.point_flop(*of_task)
+        memory, flop = self.memory(*of_task, slot_bytes), self.point_flop(*of_task)
         return pack_points(points, auto_points_per_trial(len(points), num_slots, memory, slot_bytes, flop))
 
 
@@ -443,6 +448,7 @@ class Runner:
             numerics=NUMERICS,
             num_tasks=len(self._sequence),
             started=time.time(),
+            cache_bytes=cache_share(self._cluster.slot_bytes),
         )
         return self._extended(plan, first_points(sweep, index, reused, layers), state)
 

@@ -367,9 +367,22 @@ class AdaptivePool(Op):
     maximum: bool = False
 
     def plain(self, inputs: Sequence[Tensor], tensors: Tensors, training: bool = False) -> Tensor:
-        pool = functional.adaptive_max_pool2d if self.maximum else functional.adaptive_avg_pool2d
-        result: Tensor = pool(inputs[0], self.size)
-        return result
+        (value,) = inputs
+        if not self.maximum:
+            return functional.adaptive_avg_pool2d(value, self.size)
+        # Where windows overlap, torch adds up their gradients in any order on a GPU.
+        return (
+            largest_of_windows(value, self.size) if value.is_cuda else functional.adaptive_max_pool2d(value, self.size)
+        )
+
+
+def largest_of_windows(value: Tensor, size: tuple[int, int]) -> Tensor:
+    """What `torch.nn.functional.adaptive_max_pool2d` gives for [B, C, H, W]; gradients are added in a fixed order."""
+    for dim, windows in zip((2, 3), size, strict=True):
+        positions = value.shape[dim]
+        bounds = [(index * positions // windows, -(-(index + 1) * positions // windows)) for index in range(windows)]
+        value = torch.cat([value.narrow(dim, low, high - low).amax(dim, True) for low, high in bounds], dim)
+    return value
 
 
 @dataclass(frozen=True)

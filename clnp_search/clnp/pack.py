@@ -118,16 +118,17 @@ class Features:
         self._trunk, self._dtype, self._view = trunk, dtype, view
         self._cached = view is None and len(inputs) * trunk.level_size * dtype.itemsize <= cache_bytes
         inputs = _channels_last(inputs)
+        self._levels = {INPUT: inputs}
         if self._cached:
-            chunks = [trunk.levels(chunk) for chunk in inputs.split(self.batch_size)]
-            self._levels = {
-                name: _channels_last(torch.cat([chunk[name].to(dtype) for chunk in chunks]))
-                for name in trunk.levels_read
-                if name != INPUT
-            }
+            for start in range(0, len(inputs), self.batch_size):
+                chunk = slice(start, start + self.batch_size)
+                for name, level in trunk.levels(inputs[chunk]).items():
+                    if name == INPUT:
+                        continue
+                    if not start:
+                        self._levels[name] = _room(level, len(inputs), dtype)
+                    self._levels[name][chunk] = level
             self._levels[INPUT] = inputs.to(dtype)
-        else:
-            self._levels = {INPUT: inputs}
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -659,6 +660,12 @@ def _rows(level: Tensor, index: Tensor | slice) -> Tensor:
     if level.ndim == 4:
         return level.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)
     return level.index_select(0, index)
+
+
+def _room(level: Tensor, samples: int, dtype: torch.dtype) -> Tensor:
+    """Uninitialised values of a level, in the memory order that levels have, for so many samples."""
+    order = torch.channels_last if level.ndim == 4 else torch.contiguous_format
+    return torch.empty((samples, *level.shape[1:]), dtype=dtype, device=level.device, memory_format=order)
 
 
 def _channels_last(values: Tensor) -> Tensor:

@@ -46,7 +46,8 @@ class Replay:
         if key not in self._records:
             graph = torch.cuda.CUDAGraph()
             gc.collect()  # no other record may end while one is made
-            with warnings.catch_warnings():
+            # A record that fails, for want of memory, say, would leave its own stream behind.
+            with torch.cuda.stream(torch.cuda.current_stream()), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "The CUDA Graph is empty")  # of a full network, say
                 with torch.cuda.graph(graph, self._pool, capture_error_mode="thread_local"):
                     result = work()

@@ -98,6 +98,11 @@ def pack_name(keys: Sequence[str]) -> str:
     return hashlib.sha256("".join(keys).encode()).hexdigest()[:16]
 
 
+def cache_share(slot_bytes: int) -> int:
+    """What a trial may take of its memory to keep frozen units' outputs."""
+    return min(CACHE_BYTES, slot_bytes // 2)
+
+
 @dataclass(frozen=True)
 class MemoryEstimate:
     """Bytes that a trial's process or device holds at its peak."""
@@ -118,6 +123,7 @@ def estimate_memory(
     num_validation: int,
     settings: TrainingSettings,
     device: str = "cpu",
+    cache_bytes: int = CACHE_BYTES,
 ) -> MemoryEstimate:
     """What a pack needs, from shapes alone.
 
@@ -128,6 +134,7 @@ def estimate_memory(
     Args:
         active: Units of each group that are frozen already.
         device: Its kind.
+        cache_bytes: What frozen units' outputs on a split may take to be kept.
     """
     graph, head = architecture.graph, architecture.head
     free, frozen = _free_units(architecture, active), {**active, INPUT: graph.input_shape[0]}
@@ -142,9 +149,9 @@ def estimate_memory(
     for name in {graph.source(graph.by_name[layer]).name for layer in graph.layers} - {INPUT}:
         if name != graph.source(graph.by_name[graph.head]).name or head == "multi":
             levels += graph.value_size(name, frozen)
-    cached = samples * width * levels
+    outputs = [num * width * levels for num in (num_train, num_validation)]
     # Inputs are held in float32; what they are made from takes as much. Frozen outputs are cached beside them.
-    fixed = PROCESS_BYTES + samples * 2 * 4 * features + (cached if cached <= CACHE_BYTES else 0)
+    fixed = PROCESS_BYTES + samples * 2 * 4 * features + sum(each for each in outputs if each <= cache_bytes)
     if width == 2:
         fixed += samples * width * features
     values = sum(graph.value_size(node.name, free) for node in graph.nodes)

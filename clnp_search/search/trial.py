@@ -53,8 +53,9 @@ class RunInputs:
     Args:
         graph: The network as the first task begins with it.
         finetune_l1: What multiplies alpha in fine-tune rounds.
-        method: clnp, or a key of `BASELINES`.
         augment: Settings of `clnp.augment.augment`; empty for none.
+        method: clnp, or a key of `BASELINES`.
+        gpu: GPUs of each trial, or its share of one; 0 for none.
     """
 
     folder: str
@@ -66,6 +67,7 @@ class RunInputs:
     finetune_l1: float = 1.0
     augment: dict[str, Any] = field(default_factory=dict)
     method: str = "clnp"
+    gpu: float = 0.0
 
     @property
     def baseline(self) -> Baseline | None:
@@ -248,7 +250,8 @@ def measure_step(inputs: TaskInputs, points: Sequence[Point], num_steps: int) ->
         for data in inputs.trained_on()
     ]
     _, training, train = _begin(inputs, points, few)
-    training.run_epoch()  # not counted: allocates, and chooses kernels
+    for _ in range(2):  # not counted: allocates and chooses kernels; records each of them, a GPU's
+        training.run_epoch()
     started = time.perf_counter()
     training.run_epoch()
     return (time.perf_counter() - started) / math.ceil(len(train) / inputs.run.settings.batch_size)
@@ -259,7 +262,7 @@ def _begin(
 ) -> tuple[Pack, Training, Features]:
     """A pack before its first epoch, its training, and the training split."""
     settings, seed, plan = inputs.settings, inputs.run.seed, inputs.plan
-    device = _prepare(plan, settings)
+    device = _prepare(inputs)
     starts = [inputs.pruned(point) for point in points] if plan.round else None
     with _computing():
         datas = datas or inputs.trained_on()
@@ -290,8 +293,10 @@ def _begin(
         if augmentation:
             train = pack.features(_joined([data.train.inputs for data in datas]), train_labels, view=view)
         else:
-            train = pack.features(_inputs([(data.info, data.train) for data in datas], device), train_labels)
-        validation = pack.features(_inputs([(data.info, data.validation) for data in datas], device), validation_labels)
+            samples = _inputs([(data.info, data.train) for data in datas], device)
+            train = pack.features(samples, train_labels, plan.cache_bytes)
+        samples = _inputs([(data.info, data.validation) for data in datas], device)
+        validation = pack.features(samples, validation_labels, plan.cache_bytes)
         stream = f"{plan.task}-round{plan.round}" if plan.round else plan.task
         return pack, Training(pack, rates, train, validation, settings, seed, stream), train
 
@@ -307,14 +312,15 @@ def _computing() -> Iterator[None]:
 
 def scan_point(inputs: TaskInputs, point: Point, min_correct: int, rule: str) -> ScanRecord:
     """The threshold scan of a finished point, in float32 like the subnetwork that is cut at its threshold."""
-    device = _prepare(inputs.plan, inputs.run.settings)
+    device = _prepare(inputs)
     set_precision("float32")
     folder, task, number = RunFolder(inputs.run.folder), inputs.plan.task, inputs.plan.round
     record = folder.read_point(task, point.name_in(number))
     if record is None:
         raise FileNotFoundError(f"{folder.uri}: task {task}: the record of {point.name_in(number)} is missing")
     trained, data = folder.read_trained(task, record), inputs.data()
-    found = scan(Candidate(inputs.state, trained, *_validation(data, device)), point.index, min_correct, rule)
+    candidate = Candidate(inputs.state, trained, *_validation(data, device), inputs.plan.cache_bytes)
+    found = scan(candidate, point.index, min_correct, rule)
     _release()
     of = replace(found, key=record.key, parameters_sha256=record.parameters_sha256, round=number)
     return replace(of, rule=rule, min_correct=min_correct)
@@ -341,7 +347,8 @@ def _validate(inputs: TaskInputs, trained: FreeParameters, device: torch.device)
     """
     data, baseline = inputs.data(), inputs.run.baseline
     if baseline is None:
-        correct = Candidate(inputs.state, trained, *_validation(data, device)).num_correct()
+        candidate = Candidate(inputs.state, trained, *_validation(data, device), inputs.plan.cache_bytes)
+        correct = candidate.num_correct()
         return [(correct, len(data.validation))]
     after = baseline.after(inputs.state, data.info, trained)
     return validate(after, baseline, inputs.run.scenario, device)
@@ -362,14 +369,18 @@ def validate(after: State, baseline: Baseline, scenario: Scenario, device: torch
     return counts
 
 
-def _prepare(plan: TaskPlan, settings: TrainingSettings) -> torch.device:
+def _prepare(inputs: TaskInputs) -> torch.device:
     """Sets up this process, which may have trained another pack before, as the plan says."""
-    torch.set_num_threads(plan.environment.threads)
+    environment = inputs.plan.environment
+    torch.set_num_threads(environment.threads)
     torch.set_flush_denormal(True)
-    set_precision(settings.precision)
+    set_precision(inputs.run.settings.precision)
     torch.manual_seed(0)
     # Made here, where a device that is missing is no fault of a point.
-    return torch.empty(0, device=plan.environment.device).device
+    device = torch.empty(0, device=environment.device).device
+    if device.type == "cuda":  # so that a pack that asks for more is split, and not another trial's
+        torch.cuda.set_per_process_memory_fraction(min(1.0, inputs.run.gpu or 1.0), device)
+    return device
 
 
 def _release() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from builders import OPS_USED, each_point, make_pack, make_samples, make_state, using
 from torch import Tensor, nn
+from torch.nn import functional
 
 from clnp_search.clnp.graph import INPUT, Builder, Graph
 from clnp_search.clnp.ops import (
@@ -25,6 +26,7 @@ from clnp_search.clnp.ops import (
     MeanPositions,
     Op,
     PRelu,
+    largest_of_windows,
 )
 from clnp_search.clnp.pack import Pack
 from clnp_search.clnp.state import Architecture, State
@@ -70,6 +72,17 @@ def test_the_plain_form_is_torchs_module(op: Op, module: nn.Module, training: bo
     for name, tensor in module.state_dict().items():
         if name in names and names[name] in op.STATISTICS:
             torch.testing.assert_close(tensors[names[name]], tensor)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (4, 5), (7, 9)])
+def test_the_largest_of_windows_that_overlap_or_not_is_torchs_and_so_is_its_gradient(size: tuple[int, int]) -> None:
+    ends = []
+    for pool in (largest_of_windows, functional.adaptive_max_pool2d):
+        value = MAP.clone().requires_grad_()
+        out = pool(value, size)
+        (out * torch.arange(out.numel()).view_as(out)).sum().backward()
+        ends.append((out, value.grad))
+    torch.testing.assert_close(*ends)
 
 
 # Points that are computed together draw zeros of their own.

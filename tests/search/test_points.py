@@ -10,7 +10,7 @@ import pytest
 from builders import GRAPHS, make_network, make_point, make_state, make_sweep
 
 from clnp_search.clnp.initial import draw
-from clnp_search.clnp.pack import Pack
+from clnp_search.clnp.pack import CACHE_BYTES, Pack
 from clnp_search.clnp.state import Architecture
 from clnp_search.clnp.training import TrainingSettings
 from clnp_search.records import Point
@@ -19,6 +19,7 @@ from clnp_search.search.points import (
     TRIAL_FLOP,
     MemoryEstimate,
     auto_points_per_trial,
+    cache_share,
     estimate_memory,
     pack_name,
     pack_points,
@@ -212,6 +213,23 @@ def test_frozen_units_move_memory_from_the_points_to_the_shared_part() -> None:
 def test_a_single_heads_last_layer_needs_no_cache_of_frozen_units() -> None:
     multi, single = (estimate(replace(ARCHITECTURE, head=head), num_tasks=1) for head in ("multi", "single"))
     assert single.fixed < multi.fixed
+
+
+def test_frozen_units_outputs_need_memory_where_a_trial_may_keep_them_and_only_there() -> None:
+    state = make_state(ARCHITECTURE, 1)
+    active = active_units(state)
+
+    def fixed(cache_bytes: int) -> int:
+        return estimate_memory(ARCHITECTURE, active, 10, 1000, 100, SETTINGS, cache_bytes=cache_bytes).fixed
+
+    sample = 4 * sum(active.values())
+    assert fixed(1000 * sample) - fixed(0) == 1100 * sample
+    assert fixed(1000 * sample - 1) - fixed(0) == 100 * sample  # of the validation split alone
+
+
+def test_a_trial_keeps_frozen_outputs_in_half_of_its_memory_at_most() -> None:
+    assert cache_share(2 << 30) == 1 << 30
+    assert cache_share(1 << 50) == CACHE_BYTES
 
 
 @pytest.mark.parametrize("head", ["multi", "single"])

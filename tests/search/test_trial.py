@@ -11,7 +11,7 @@ import pytest
 import torch
 from builders import make_inputs
 
-from clnp_search.clnp.pack import Pack
+from clnp_search.clnp.pack import Features, Pack
 from clnp_search.clnp.state import State
 from clnp_search.records import PointRecord
 from clnp_search.search import trial
@@ -159,6 +159,36 @@ def test_memory_that_a_library_lacks_splits_a_pack_too(
     with_pack(monkeypatch, out_of_memory)
     inputs = make_inputs(tmp_path)
     run_all(inputs)
+    assert all("4 points ran out of memory and was split" in record.notes[0] for record in records(inputs))
+
+
+def test_a_trial_keeps_frozen_outputs_as_its_plan_allows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    allowed, initialise = set(), Features.__init__
+
+    def seen(self: Features, *arguments: Any, **options: Any) -> None:
+        allowed.add(arguments[3])
+        initialise(self, *arguments, **options)
+
+    monkeypatch.setattr(Features, "__init__", seen)
+    inputs = make_inputs(tmp_path)
+    inputs = replace(inputs, plan=replace(inputs.plan, cache_bytes=1234))
+    run_all(inputs)
+    trial.scan_point(inputs, inputs.plan.points[0], 0, "global")
+    assert allowed == {1234}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_trial_that_needs_more_than_its_share_of_a_gpu_is_split(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs, share = make_inputs(tmp_path), 0.01
+    present = torch.cuda.get_device_properties(0).total_memory
+    with_pack(monkeypatch, lambda alphas: torch.empty(present // 50 if len(alphas) > 2 else 1, device="cuda").byte())
+    plan = replace(inputs.plan, environment=replace(inputs.plan.environment, device="cuda"))
+    try:
+        run_all(replace(inputs, plan=plan, run=replace(inputs.run, gpu=share)))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
     assert all("4 points ran out of memory and was split" in record.notes[0] for record in records(inputs))
 
 
