@@ -592,7 +592,7 @@ class ResourcesConfig(_Section):
     cpu: PositiveCount = 1
     """CPU cores, and threads, of each trial."""
     gpu: NonNegative = 0.0
-    """GPUs of each trial; a fraction shares one."""
+    """GPUs of each trial; a fraction is a share of one, and of its memory."""
 
     @property
     def device(self) -> str:
