@@ -541,7 +541,9 @@ class ForgettingConfig(_Section):
 
     margin: Spent = 0.0005
     """Allowed loss of validation accuracy: '0.05%' or 0.0005. auto: for each task the least of 0, 0.05, 0.1, 0.2, 0.5,
-    1, 2, 3 and 5% with which the free units of every group last for all tasks, if later ones take as many."""
+    1, 2, 3, 5, 8, 12 and 20% with which the free units of every group last for all tasks if later ones take as many."""
+    auto_limit: Margin = 0.05
+    """The most that auto may spend on a task. Fine-tune rounds make up for much of a large margin."""
     theta: Literal["global", "per_layer"] = "global"
     """One activity threshold for all layers, or one for each."""
     theta_steps: Annotated[int, Field(strict=True, ge=2)] | None = None
@@ -559,7 +561,9 @@ class ForgettingConfig(_Section):
     @property
     def margins(self) -> tuple[float, ...]:
         """The margins that a task may spend, the least first."""
-        return AUTO_MARGINS if self.margin == "auto" else (self.margin,)
+        if self.margin != "auto":
+            return (self.margin,)
+        return (*(margin for margin in AUTO_MARGINS if margin < self.auto_limit), self.auto_limit)
 
     @property
     def rule(self) -> str:
@@ -813,6 +817,8 @@ class Sweep(_Section):
             "search": self.search.model_dump(mode="json", include={*SEARCHED, *SEARCHED_BY[self.search.algorithm]}),
             "forgetting": self.forgetting.model_dump(mode="json"),
         }
+        if self.forgetting.margin != "auto":
+            del dump["forgetting"]["auto_limit"]
         if self.capacity.on_depletion == "expand":
             dump["capacity"] = self.capacity.model_dump(mode="json")
         if self.method != "clnp":
@@ -890,7 +896,7 @@ MAX_VALUES, MAX_DEPTH, MAX_ALIASES = 100_000, 32, 30
 WORD = re.compile(r"[A-Za-z_/][A-Za-z0-9_./-]*")
 UNWRITABLE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff\ud800-\udfff]")
 ALIAS = re.compile(r"""(?:^|[\s\[{,:])\*[^\s\]},"']""")
-AUTO_MARGINS = (0.0, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05)
+AUTO_MARGINS = (0.0, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2)
 # What is tried by default of the baselines that have a strength.
 STRENGTHS = {"ewc": (100.0, 1000.0, 10000.0), "si": (0.1, 1.0, 10.0), "packnet": (0.5, 0.75)}
 # What a fork may change: what was decided before its first own task stays as it was.

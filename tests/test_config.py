@@ -709,6 +709,24 @@ def test_a_sweep_of_margins_and_repetitions_is_a_sequence_for_each() -> None:
     assert list(make_sweep(margins=["2%"]).members("run")) == ["run-m2"]
 
 
+def test_auto_chooses_from_margins_up_to_its_limit() -> None:
+    default, less, more, fixed = (
+        make_sweep(forgetting=forgetting)
+        for forgetting in (
+            {"margin": "auto"},
+            {"margin": "auto", "auto_limit": "0.3%"},
+            {"margin": "auto", "auto_limit": "12%"},
+            {"margin": "1%"},
+        )
+    )
+    assert less.forgetting.margins == (0.0, 0.0005, 0.001, 0.002, 0.003)
+    assert default.forgetting.margins[-2:] == (0.03, 0.05)
+    assert more.forgetting.margins == (*default.forgetting.margins, 0.08, 0.12)
+    assert fixed.forgetting.margins == (0.01,)
+    assert "forgetting.auto_limit" in default.settings
+    assert "forgetting.auto_limit" not in fixed.settings  # a run of before there was one goes on
+
+
 @pytest.mark.parametrize("values", [{"margins": ["1%", "1%"]}, {"margins": ["120%"]}, {"repetitions": 0}])
 def test_margins_and_repetitions_that_are_none_are_named(values: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=next(iter(values))):
