@@ -109,6 +109,21 @@ def residual(input_shape: tuple[int, ...] = (2, 6, 6)) -> Graph:
     return build.build()
 
 
+def twofold(input_shape: tuple[int, ...] = (2, 5, 5)) -> Graph:
+    """A map to which one of a single position is added, and a concatenation in which each unit is there twice."""
+    build = Builder(input_shape)
+    map_ = build.layer("map", Conv(padding=(1, 1)), INPUT, 4)
+    context = build.layer("context", Conv(kernel=(1, 1)), build.add("pooled", AdaptivePool(), map_), 4)
+    both = build.add("both", Add(), context, map_)
+    signs = [
+        build.add("plus", Activation(), both),
+        build.add("minus", Activation(), build.add("negative", Affine(-1.0), both)),
+    ]
+    last = build.add("last.relu", Activation(), build.layer("last", Conv(), build.add("signs", Concat(), *signs), 3))
+    build.layer("head", Linear(), build.add("flat", Flatten(), last), 0, head=True)
+    return build.build()
+
+
 def using(op: Op) -> Graph:
     """A small network of maps in which an op stands between a convolution and the head."""
     build = Builder((2, 6, 6))
@@ -165,6 +180,7 @@ GRAPHS = {
     "conv": conv((2, 6, 6), [4, "pool", 5], [6]),
     "conv_norm": conv((2, 6, 6), [4, "pool", 5], [6], activation="tanh", batch_norm=True),
     "residual": residual(),
+    "twofold": twofold(),
 }
 
 

@@ -20,18 +20,23 @@ from clnp_search.clnp.ops import (
     ACTIVATIONS,
     OPS,
     Activation,
+    AdaptivePool,
     Add,
+    AvgPool,
     BatchNorm,
     Concat,
     Conv,
     Dropout,
     Flatten,
+    Identity,
     Linear,
     MaxPool,
+    MeanPositions,
     Multiply,
     Op,
     Reader,
     Tensors,
+    ToMap,
 )
 
 INPUT, CLASSES = "input", "classes"
@@ -159,10 +164,26 @@ class Graph:
             if isinstance(node.op, Add) or (isinstance(node.op, Activation) and node.op.function == "relu"):
                 for index, name in enumerate(node.inputs):
                     read = self.by_name[name]
-                    if isinstance(read.op, fresh) and reads.count(name) == 1:
+                    as_large = read.positions == node.positions  # a map of one position is added to all of another
+                    if isinstance(read.op, fresh) and as_large and reads.count(name) == 1:
                         found[node.name] = index
                         break
         return found
+
+    def dropout_of(self, node: Node) -> Dropout | None:
+        """The dropout that a node's values have gone through, if what came after it could as well have come before.
+
+        That is a rectifier or another shape; and pooling, where a channel is dropped as a whole.
+        """
+        pools, pooled = MaxPool | AvgPool | AdaptivePool | MeanPositions, False
+        while True:
+            if isinstance(node.op, Dropout):
+                return None if pooled and node.op.unit == "value" else node.op
+            pooled = pooled or isinstance(node.op, pools)
+            rectified = isinstance(node.op, Activation) and node.op.function == "relu"
+            if not rectified and not isinstance(node.op, pools | Flatten | ToMap | Identity):
+                return None
+            node = self.source(node)
 
     def shift_of(self, name: str) -> tuple[str, str, int] | None:
         """Where a constant that is added to a layer's output goes: node, parameter and sign; None if nowhere.

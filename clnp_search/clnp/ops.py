@@ -370,10 +370,9 @@ class AdaptivePool(Op):
         (value,) = inputs
         if not self.maximum:
             return functional.adaptive_avg_pool2d(value, self.size)
-        # Where windows overlap, torch adds up their gradients in any order on a GPU.
-        return (
-            largest_of_windows(value, self.size) if value.is_cuda else functional.adaptive_max_pool2d(value, self.size)
-        )
+        if value.is_cuda or torch.compiler.is_exporting():  # torch adds up gradients in any order there; ONNX has none
+            return largest_of_windows(value, self.size)
+        return functional.adaptive_max_pool2d(value, self.size)
 
 
 def largest_of_windows(value: Tensor, size: tuple[int, int]) -> Tensor:
@@ -390,7 +389,7 @@ class Dropout(Op):
     """Zeroes values at random while training: single values, whole channels, or all channels of a sample.
 
     Points draw alike, whoever shares a pack with whom. Frozen units are computed without it; it acts on what free units
-    read.
+    read of them, unless something stands between that changes what a mask does (`Graph.dropout_of`).
     """
 
     share: float = 0.5

@@ -230,8 +230,9 @@ class Block:
             shared = None
         if shared is None and own_value is None:
             return self._bias_alone(node, batch, dtype)
-        if shared is not None and training and isinstance(source.op, Dropout):
-            shared = source.op.plain([shared], {}, training)
+        if shared is not None and training and (dropout := graph.dropout_of(source)) is not None:
+            by_unit = shared.unflatten(1, (-1, source.taps)) if source.taps > 1 else shared
+            shared = dropout.plain([by_unit], {}, training).reshape(shared.shape)
         return node.op.read(shared, own_value, tensors, self.points, dtype)
 
     def _bias_alone(self, node: Node, batch: int, dtype: torch.dtype) -> Tensor:

@@ -75,10 +75,10 @@ class Candidate:
             given = mean_outputs(self._tensors[name]["weight.own"][0], ordered).split(
                 [sizes[each] for each in groups], 1
             )
-            self._given[name] = {
-                group: functional.pad(part.flip(1).cumsum(1).flip(1), (0, 1))
-                for group, part in zip(groups, given, strict=True)
-            }
+            of_group = self._given[name] = {}
+            for group, part in zip(groups, given, strict=True):  # a group may be there twice
+                pruned = functional.pad(part.flip(1).cumsum(1).flip(1), (0, 1))
+                of_group[group] = of_group[group] + pruned if group in of_group else pruned
         active = state.active()
         self.frozen = tuple(len(active[group]) for group in self.groups)
         self.features = Features(Trunk(state, device), inputs, labels, cache_bytes)

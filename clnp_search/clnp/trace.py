@@ -88,6 +88,29 @@ class Traced:
             }
         return found
 
+    def require_trained(self, module: nn.Module, output: Tensor) -> None:
+        """Nothing, if gradients of the module's own output reach all of these parameters.
+
+        Raises:
+            NetworkRefused: Some are held fixed, which only a forward of the module's own could keep to.
+        """
+        reached, functions, seen = set[int](), [output.grad_fn], set[Any]()
+        while functions:
+            function = functions.pop()
+            if function is not None and function not in seen:
+                seen.add(function)
+                reached.add(id(getattr(function, "variable", None)))
+                functions.extend(following for following, _ in function.next_functions)
+        sources = [source for own in self.sources.values() for source in own.values()]
+        fixed = [
+            source
+            for source in sources
+            if isinstance(parameter := attrgetter(source)(module), nn.Parameter) and id(parameter) not in reached
+        ]
+        reason = "is not trained by the module (requires_grad or no_grad), but would be here"
+        if fixed:
+            raise NetworkRefused([Refused(source, reason) for source in fixed])
+
     def without_head_bias(self) -> Traced:
         """The same with no bias in the head."""
         head = self.graph.by_name[self.graph.head]
@@ -115,14 +138,18 @@ def trace(module: nn.Module, input_shape: tuple[int, ...]) -> Traced:
     example = torch.rand(BATCH, *input_shape, generator=torch.Generator().manual_seed(0))
     example = example.to(next((parameter.device for parameter in module.parameters()), "cpu"))
     tracer = _Tracer()
-    with _evaluating(module), torch.no_grad(), torch.random.fork_rng(devices=[]):
-        walk = _Walk(module, tracer)
-        output = walk.logits(example)
-        traced = walk.build(input_shape)
-        ours = run(traced.graph, {INPUT: example}, traced.tensors(module))[traced.graph.nodes[-1].name]
-    if not torch.allclose(ours, output, rtol=1e-3, atol=1e-3 * float(output.abs().max()), equal_nan=True):
+    with _evaluating(module), torch.random.fork_rng(devices=[]):
+        with torch.no_grad():
+            walk = _Walk(module, tracer)
+            walk.logits(example.clone())  # what it reads may be changed in place
+            traced = walk.build(input_shape)
+            ours = run(traced.graph, {INPUT: example}, traced.tensors(module))[traced.graph.nodes[-1].name]
+        with torch.enable_grad():
+            output = module(example.clone())
+    if not torch.allclose(ours, output, rtol=1e-3, atol=1e-3 * float(output.detach().abs().max()), equal_nan=True):
         reason = "computes something else than its layers one after another, as changes in place can do"
         raise NetworkRefused([Refused(type(module).__name__, reason)])
+    traced.require_trained(module, output)
     return traced
 
 
@@ -200,6 +227,10 @@ _SAME = {
 }
 
 
+# Arguments by numpy's names, which torch takes too.
+_NUMPY = {"axis": "dim", "keepdims": "keepdim"}
+
+
 def _plain(name: str) -> str:
     """A name as names are compared: without case and underscores, one for all ways to write an operation."""
     plain = name.lower().replace("_", "")
@@ -255,7 +286,8 @@ class _Call:
         """Settings by name: a module's attributes, or a function's arguments after the first, in this order."""
         if self.module is not None:
             return [getattr(self.module, name, default) for name, default in defaults.items()]
-        given = {**dict(zip(defaults, self.args[1:], strict=False)), **self.kwargs}
+        named = {_NUMPY.get(name, name): value for name, value in self.kwargs.items()}
+        given = {**dict(zip(defaults, self.args[1:], strict=False)), **named}
         return [given.get(name, default) for name, default in defaults.items()]
 
     @property
@@ -489,7 +521,14 @@ class _Walk(fx.Interpreter):
                 sources[step.name] = step.sources
         if reasons := self._reasons():
             raise NetworkRefused(reasons)
-        return Traced(builder.build(), sources)
+        graph = builder.build()
+        if graph.nodes[-1].taps > 1:
+            self._fault("", f"gives {graph.nodes[-1].taps} logits of each class, one for each position; pool them")
+        if not graph.groups:
+            self._fault("", "has no layer before the head, and so no unit that could be pruned")
+        if self._faults:
+            raise NetworkRefused(self._faults)
+        return Traced(graph, sources)
 
     def _head(self) -> _Step | None:
         """The layer whose units are the classes."""
@@ -530,7 +569,7 @@ _REASONS = {
     name: reason
     for names, reason in {
         "layernorm rmsnorm groupnorm localresponsenorm crossmaplrn2d": (
-            "normalises over several units, some of which may be free; use batch normalisation"
+            "normalises each sample by itself, mostly over several units; use batch normalisation"
         ),
         "softmax softmax2d softmin logsoftmax logsumexp normalize glu": (
             "makes a unit's value from other units, some of which may be free; logits are wanted as they are"

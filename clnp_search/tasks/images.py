@@ -141,32 +141,35 @@ def _decode(
                 faults.append(f"{sample.place}: {result}")
                 continue
             image, labels[index] = result
-            if pixels is None:
-                first = sample.place
-                if (num_bytes := len(samples) * image.size) > MAX_BYTES:
-                    pool.shutdown(cancel_futures=True)
-                    faults.append(
-                        f"{first}: {len(samples)} images of its size take {num_bytes} bytes, more than half of "
-                        f"this machine's memory, {MAX_BYTES}; set a smaller scenario.size: [height, width]"
-                    )
-                    break
-                pixels = np.empty((len(samples), *image.shape), np.uint8)
-            if image.shape[1:] != pixels.shape[2:]:
+            if pixels is not None and image.shape[1:] != pixels.shape[2:]:
                 (height, width), (rows, columns) = image.shape[1:], pixels.shape[2:]
                 faults.append(
                     f"{sample.place}: {height} x {width} pixels, where {first} has {rows} x {columns}; "
                     "set scenario.size: [height, width] to resize all"
                 )
                 continue
-            if len(image) > pixels.shape[1]:  # the first colours after nothing but grey
-                pixels = pixels.repeat(3, axis=1)
+            if pixels is None or len(image) > pixels.shape[1]:  # the first one, or the first colours after grey alone
+                if (num_bytes := len(samples) * image.size) > MAX_BYTES:
+                    pool.shutdown(cancel_futures=True)
+                    faults.append(
+                        f"{sample.place}: {len(samples)} images of its size take {num_bytes} bytes, more than half of "
+                        f"this machine's memory, {MAX_BYTES}; set a smaller scenario.size: [height, width]"
+                    )
+                    break
+                first = first or sample.place
+                pixels = (
+                    np.empty((len(samples), *image.shape), np.uint8) if pixels is None else pixels.repeat(3, axis=1)
+                )
             pixels[index] = image
     return np.empty((0, 1, 1, 1), np.uint8) if pixels is None else pixels, labels
 
 
 def _pixels(sample: Sample, size: tuple[int, int] | None) -> tuple[NDArray[np.uint8], int] | str:
-    """An image as [1 or 3, H, W] and its label, or what is wrong with it."""
-    from PIL import Image
+    """An image as [1 or 3, H, W] and its label, or what is wrong with it.
+
+    It is turned as its EXIF says, and laid on white where it is transparent.
+    """
+    from PIL import Image, ImageOps
 
     try:
         image, label = sample.read()
@@ -175,7 +178,12 @@ def _pixels(sample: Sample, size: tuple[int, int] | None) -> tuple[NDArray[np.ui
                 return f"{image.width} x {image.height} pixels: too large to be decoded safely"
             if image.mode in DEEP_MODES:
                 return f"its mode is {image.mode}; images of more than 8 bits a value are not read"
-            image = image.convert("L" if image.mode in GREY_MODES else "RGB")
+            mode = "L" if image.mode in GREY_MODES else "RGB"
+            ImageOps.exif_transpose(image, in_place=True)
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = image.convert(mode)
             if size is not None and image.size != size[::-1]:
                 image = image.resize(size[::-1], Image.Resampling.BILINEAR)
             values = np.asarray(image)

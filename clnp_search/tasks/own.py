@@ -89,7 +89,10 @@ def _faults(index: int, task: OwnTask, first: OwnTask) -> Iterator[str]:
             yield f"{where}: {name} is no array: {error}"
     if len(arrays) < len(ARRAYS):
         return
-    shape = getattr(first.train_inputs, "shape", ())[1:] if hasattr(first, "train_inputs") else ()
+    try:
+        shape = np.shape(first.train_inputs)[1:]
+    except Exception:  # that it is no array, the first task's own fault says
+        return
     for name in ("train_inputs", "test_inputs"):
         array = arrays[name]
         if array.dtype != np.uint8:

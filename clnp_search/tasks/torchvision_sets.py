@@ -46,7 +46,8 @@ def train_and_test(
         raise InputError(f"scenario.name: 'torchvision:{name}': torchvision has no such data set{hint}")
     make = getattr(datasets, name)
     known = inspect.signature(make).parameters
-    if "train" in known:
+    is_mnist = issubclass(make, datasets.MNIST)  # whose descendants hide some of its arguments
+    if "train" in known or is_mnist:
         parts: tuple[dict[str, Any], ...] = ({"train": True}, {"train": False})
     elif "split" in known:
         parts = tuple({"split": split} for split in SPLITS.get(name, ("train", "test")))
@@ -55,7 +56,9 @@ def train_and_test(
             f"scenario.name: 'torchvision:{name}': it has no training and test part of its own; "
             "arrange it as class_folders, or give your own scenario by import path"
         )
-    settings = {"download": True} if "download" in known else {}
+    if taken := sorted(parts[0].keys() & (arguments or {}).keys()):
+        raise InputError(f"scenario.arguments: {', '.join(taken)}: both parts of {name} are read, each with its own")
+    settings = {"download": True} if "download" in known or is_mnist else {}
     try:
         train, test = (make(str(root), **{**settings, **(arguments or {}), **part}) for part in parts)
     except Exception as error:  # torchvision and urllib raise many kinds

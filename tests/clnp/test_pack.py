@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -24,9 +25,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from clnp_search.clnp import pack as packs
-from clnp_search.clnp.graph import CLASSES, INPUT, Graph, Node, conv, mlp
+from clnp_search.clnp.graph import CLASSES, INPUT, Builder, Graph, Node, conv, mlp
 from clnp_search.clnp.initial import draw
-from clnp_search.clnp.ops import BatchNorm
+from clnp_search.clnp.ops import Activation, BatchNorm, Conv, Dropout, Flatten, Linear, MaxPool, Op
 from clnp_search.clnp.pack import L1, Pack, cross_entropy, evaluation_batch
 from clnp_search.clnp.seeds import generator
 from clnp_search.clnp.state import Architecture, FreeParameters, Parameters, State
@@ -553,6 +554,41 @@ def test_biases_start_at_zero_and_normalisations_do_nothing() -> None:
 def test_a_frozen_single_head_bias_is_the_first_tasks() -> None:
     state = make_state(replace(SMALL, head="single"), 1)
     assert torch.equal(make_pack(state, 3).blocks[0].tensors["head"]["bias"][1], state.heads[0]["bias"])
+
+
+@pytest.mark.parametrize("unit", ["value", "channel"])
+@pytest.mark.parametrize("after", [[], [Activation()], [MaxPool()]])
+def test_dropout_acts_on_what_is_read_of_frozen_units_whatever_stands_between(
+    unit: str, after: list[Op], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = Builder((2, 6, 6))
+    last = build.add("drop", Dropout(0.5, unit), build.layer("first", Conv(padding=(1, 1)), INPUT, 8))
+    for position, op in enumerate(after):
+        last = build.add(f"after{position}", op, last)
+    build.layer("head", Linear(), build.add("flat", Flatten(), last), 0, head=True)
+    pack = make_pack(make_state(Architecture(build.build()), 1), 1)
+    inputs, labels = make_samples(64, pack.graph.input_shape)
+    features, seen, read = pack.features(inputs, labels), [], Linear.read
+
+    def watched(op: Linear, shared: Tensor | None, *others: Any) -> Tensor:
+        assert shared is not None
+        seen.append(shared)
+        return read(op, shared, *others)
+
+    monkeypatch.setattr(Linear, "read", watched)
+    (levels, _), block = features.batch(torch.arange(64)), pack.blocks[0]
+    for training in (False, True):
+        block.forward(levels, training, graph=pack.graph.pooled_first)
+    evaluated, dropped = (values.unflatten(1, (-1, pack.graph.by_name["flat"].taps)) for values in seen)
+    zero = (dropped == 0) & (evaluated != 0)
+    share = zero.sum() / (evaluated != 0).sum()
+    if unit == "value" and any(isinstance(op, MaxPool) for op in after):
+        assert share == 0  # a maximum of what is left is no masked maximum
+        return
+    assert 0.35 < share < 0.65
+    assert_close(dropped[~zero], 2 * evaluated[~zero])
+    if unit == "channel":
+        assert ((zero | (evaluated == 0)).all(2) == zero.any(2)).all()
 
 
 # Features

@@ -212,10 +212,10 @@ def test_arguments_with_defaults_keep_them() -> None:
     class Optional(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.head = nn.Linear(6, 3)
+            self.layer, self.head = nn.Linear(6, 4), nn.Linear(4, 3)
 
         def forward(self, x: Tensor, features: bool = False, mask: Tensor | None = None) -> Tensor:
-            return x if features or mask is not None else self.head(x)
+            return x if features or mask is not None else self.head(self.layer(x))
 
     assert_same(Optional(), (6,))
 
@@ -232,23 +232,74 @@ def test_a_module_comes_back_as_it_was() -> None:
 
 
 def test_tensors_are_those_of_the_module_that_is_given() -> None:
-    traced = trace(randomised(nn.Linear(4, 2), 0), (4,))
-    other = randomised(nn.Linear(4, 2), 1)
-    (tensors,) = traced.tensors(other).values()
-    assert torch.equal(tensors["weight"][:, :, 0], other.weight)
+    module, other = (randomised(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), seed) for seed in (0, 1))
+    tensors = trace(module, (3,)).tensors(other)["1"]
+    assert torch.equal(tensors["weight"][:, :, 0], other[1].weight)  # type: ignore[index]
     tensors["weight"].zero_()
-    assert other.weight.any()
+    assert other[1].weight.any()  # type: ignore[index]
+
+
+def test_a_forward_may_change_what_it_is_given() -> None:
+    def forward(net: Any, x: Tensor) -> Any:
+        return net.head(net.layer(x.sub_(0.5).div_(0.25)))
+
+    assert_same(Forward(forward, layer=nn.Linear(6, 4), head=nn.Linear(4, 3)), (6,))
+
+
+def test_numpys_names_of_arguments_are_known() -> None:
+    def forward(net: Any, x: Tensor) -> Any:
+        x = net.first(x)
+        gated = x * x.mean((2, 3), keepdims=True)
+        return net.head(torch.cat([gated, x], axis=1).mean(axis=(2, 3)))
+
+    assert_same(Forward(forward, first=nn.Conv2d(3, 4, 3), head=nn.Linear(8, 5)))
 
 
 # Refused
 
 
+def test_a_value_that_is_changed_in_place_after_it_was_kept_is_refused() -> None:
+    def forward(net: Any, x: Tensor) -> Any:
+        x = net.layer(x)
+        kept = x
+        x += net.other(x)
+        return net.head(x.relu() + kept)
+
+    layers = {"layer": nn.Linear(6, 4), "other": nn.Linear(4, 4), "head": nn.Linear(4, 3)}
+    assert "computes something else" in reason(randomised(Forward(forward, **layers)), (6,))[1]
+
+
+@pytest.mark.parametrize("how", ["requires_grad", "no_grad"])
+def test_layers_that_the_module_holds_fixed_are_refused(how: str) -> None:
+    def forward(net: Any, x: Tensor) -> Any:
+        with torch.set_grad_enabled(how != "no_grad"):
+            x = net.body(x)
+        return net.head(net.layer(x))
+
+    body = nn.Linear(6, 4).requires_grad_(how != "requires_grad")
+    found = reasons(Forward(forward, body=body, layer=nn.Linear(4, 4), head=nn.Linear(4, 3)), (6,))
+    assert [each.module for each in found] == ["body.weight", "body.bias"]
+    assert all("is not trained by the module" in each.reason for each in found)
+
+
+def test_a_head_with_a_logit_for_each_position_is_refused() -> None:
+    def forward(net: Any, x: Tensor) -> Any:
+        return net.head(net.first(x)).flatten(1)
+
+    place, why = reason(Forward(forward, first=nn.Conv2d(3, 4, 3), head=nn.Conv2d(4, 2, 3)))
+    assert (place, "logits of each class" in why) == ("Forward", True)
+
+
+def test_a_network_without_a_unit_to_prune_is_refused() -> None:
+    assert "no unit that could be pruned" in reason(nn.Linear(6, 3), (6,))[1]
+
+
 @pytest.mark.parametrize(
     ("layer", "part"),
     [
-        (nn.LayerNorm(6), "LayerNorm normalises over several units"),
-        (nn.GroupNorm(2, 4), "GroupNorm normalises over several units"),
-        (nn.LocalResponseNorm(2), "LocalResponseNorm normalises over several units"),
+        (nn.LayerNorm(6), "LayerNorm normalises each sample by itself"),
+        (nn.GroupNorm(2, 4), "GroupNorm normalises each sample by itself"),
+        (nn.LocalResponseNorm(2), "LocalResponseNorm normalises each sample by itself"),
         (nn.Softmax(1), "Softmax makes a unit's value from other units"),
         (nn.ChannelShuffle(2), "ChannelShuffle moves values between channels"),
         (nn.Conv2d(4, 4, 1, groups=2), "Conv2d of 4 -> 4 channels in 2 groups"),

@@ -25,6 +25,7 @@ from clnp_search.errors import InputError
 from clnp_search.tasks.cifar import load_cifar
 from clnp_search.tasks.data import load_digits, load_mnist
 from clnp_search.tasks.images import load_torchvision
+from clnp_search.tasks.torchvision_sets import train_and_test
 
 
 def test_a_data_sets_digest_changes_with_any_sample_or_label() -> None:
@@ -220,6 +221,26 @@ def test_a_torchvision_data_set_is_split_into_tasks(mode: str, shape: tuple[int,
         ("classes-cat-dog", (0, 1)),
         ("classes-eel-fox", (2, 3)),
     ]
+
+
+@pytest.mark.usefixtures("fake_set")
+def test_an_argument_that_names_a_part_is_refused() -> None:
+    sweep = make_sweep(scenario={"name": "torchvision:SVHN", "tasks": 2, "arguments": {"split": "train"}})
+    with pytest.raises(InputError, match=r"scenario.arguments: split: both parts of SVHN are read"):
+        sweep.load_scenario()
+
+
+def test_parts_of_data_sets_that_are_read_as_mnist_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    datasets, asked = importlib.import_module("torchvision.datasets"), []
+
+    class Letters(datasets.MNIST):  # type: ignore[misc, name-defined]
+        def __init__(self, root: str, split: str, **others: Any) -> None:  # as EMNIST has them
+            asked.append((split, others))
+            self.data, self.targets = [], []
+
+    monkeypatch.setattr(datasets, "EMNIST", Letters)
+    train_and_test("EMNIST", tmp_path, {"split": "letters"})
+    assert asked == [("letters", {"download": True, "train": part}) for part in (True, False)]
 
 
 @pytest.mark.usefixtures("fake_set")

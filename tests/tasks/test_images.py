@@ -88,6 +88,28 @@ def test_grey_images_have_one_channel_and_colour_three(tmp_path: Path, arrange: 
     assert inputs.dtype == np.uint8
 
 
+def test_images_are_seen_as_they_are_shown(tmp_path: Path) -> None:
+    write_folders(tmp_path)
+    turned, clear = Image.new("L", (4, 6), 9), Image.new("LA", (6, 4), (50, 0))
+    turned.putpixel((0, 0), 7)
+    exif = turned.getexif()
+    exif[0x0112] = 6  # to be turned by a quarter, clockwise
+    turned.save(tmp_path / "train/a/0.png", exif=exif)
+    clear.putpixel((1, 0), (50, 255))
+    clear.save(tmp_path / "train/a/1.png")
+    first, second = load_class_folders(tmp_path).train_inputs[:2, 0]
+    assert (first.shape, first[0, 5], first.min(), first.mean()) == ((4, 6), 7, 7, (23 * 9 + 7) / 24)
+    assert (second[0, 1], second[0, 0], second[3, 5]) == (50, 255, 255)
+
+
+def test_memory_is_checked_again_when_colour_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_folders(tmp_path)
+    write_image(tmp_path / "train/d/4.png", 100, mode="RGB")
+    monkeypatch.setattr("clnp_search.tasks.images.MAX_BYTES", 28 * 4 * 6)
+    (fault,) = faults(tmp_path)
+    assert fault.startswith("train/d/4.png: 28 images of its size take 2016 bytes")
+
+
 @pytest.mark.parametrize("where", ["train/a/0.png", "train/c/1.png", "test/d/1.png"])
 def test_one_image_in_colour_makes_all_of_them_so(tmp_path: Path, where: str) -> None:
     write_folders(tmp_path)
