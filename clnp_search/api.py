@@ -223,6 +223,7 @@ def run(
         raise InputError(
             "margins and repetitions ask for several sequences: run each of `sweep.members(name)`, by its name"
         )
+    ((name, sweep),) = sweep.members(sweep.name if name is None else name).items()
     sweep, folder = run_of(located(sweep, storage, tracking_uri), name)
     with _signals_restored():
         drive(sweep, folder, address)

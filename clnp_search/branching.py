@@ -15,7 +15,7 @@ from clnp_search.agreement import recorded_choice, sweep_at
 from clnp_search.config import FORKED_SECTIONS, ForgettingConfig, Sweep, sweep_of
 from clnp_search.errors import InputError
 from clnp_search.forecast import Budget
-from clnp_search.records import Fork, PointRecord, ScanRecord, Selection
+from clnp_search.records import Fork, PointRecord, ScanRecord, Selection, summarise
 from clnp_search.search.proposals import first_points
 from clnp_search.search.trial import TaskInputs, scan_point
 from clnp_search.sequence import TaskSequence
@@ -141,12 +141,18 @@ def fork(origin: RunFolder, sweep: Sweep, after_task: int, folder: RunFolder) ->
         )
     if sweep.scenario.tasks is not None and sweep.scenario.tasks <= after_task:
         raise InputError(f"scenario.tasks: {sweep.scenario.tasks} is fewer than the tasks that are shared")
+    for task in range(after_task + 1):
+        if (plan := origin.read_plan(task)) is not None:
+            sweep.planned_with(plan.settings)  # as which the shared task is read, in this run too
     if after_task >= 0:
         first_points(sweep, after_task + 1, None, origin.read_state(after_task).graph.layers)  # whose alphas must fit
     folder.require_writable()
     for task in range(after_task + 1):
         folder.copy_task(origin, task)
     folder.write_fork(Fork(origin.uri, after_task))
+    if after_task >= 0:
+        digest = origin.read_state(after_task).digest
+        folder.write_summary(summarise(folder.name, "running", sweep.seed, digest, results[: after_task + 1]))
     folder.write_sweep(sweep.to_yaml())  # last: with it, it is a run
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import io
+import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -128,15 +129,15 @@ def _check_scenario(name: str) -> str:
     return name
 
 
-def _list_without_repeats(item: Any) -> BeforeValidator:
-    """Takes a list of different values, which may be empty."""
+def _require_different(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    if len({_margin_label(each) if isinstance(each, float) else each for each in values}) < len(values):
+        raise ValueError("a value is there twice")
+    return values
 
-    def checked(value: Any) -> Any:
-        if isinstance(value, list | tuple) and len({str(each) for each in value}) < len(value):
-            raise ValueError("a value is there twice")
-        return value
 
-    return BeforeValidator(checked, json_schema_input_type=tuple[item, ...])
+def _margin_label(margin: float) -> str:
+    """A margin in percent, as names of runs have it."""
+    return f"{100 * margin:g}"
 
 
 def _list_or_one(item: Any) -> BeforeValidator:
@@ -487,7 +488,7 @@ class SearchConfig(_Section):
     """How many optuna asks for at a time, which are packed and trained side by side. Default: a quarter of them."""
     sampler: Literal["tpe", "gp", "nsga2"] = "tpe"
     """Of optuna: tree-structured Parzen estimator, Gaussian process, or a genetic algorithm."""
-    objectives: Annotated[tuple[Objective, ...], Field(min_length=1), _list_without_repeats(Objective)] = (
+    objectives: Annotated[tuple[Objective, ...], Field(min_length=1), AfterValidator(_require_different)] = (
         "accuracy",
         "sparsity",
     )
@@ -629,7 +630,7 @@ class Sweep(_Section):
     """Of everything random: splits, permutations, initial weights, data order."""
     repetitions: PositiveCount = 1
     """A sequence for each of so many seeds, from `seed` on; see also `margins`."""
-    margins: Annotated[tuple[Margin, ...], _list_without_repeats(Margin)] = ()
+    margins: Annotated[tuple[Margin, ...], AfterValidator(_require_different)] = ()
     """A sequence for each of these margins, instead of the one of `forgetting`; what they share is trained once."""
     method: Literal["clnp", "single_task", "finetune", "joint", "ewc", "si", "packnet"] = "clnp"
     """How the network goes from task to task: clnp; or one to compare it with, on the same networks, tasks and seeds.
@@ -656,12 +657,14 @@ class Sweep(_Section):
         """
         found = {}
         for seed in range(self.seed, self.seed + self.repetitions):
-            for margin in self.margins or [self.forgetting.margin]:
-                suffix = f"-s{seed}" if self.repetitions > 1 else ""
-                suffix += f"-m{100 * margin:g}" if self.margins else ""
+            of_seed = f"-s{seed}" if self.repetitions > 1 else ""
+            member = self.model_copy(update={"seed": seed, "repetitions": 1, "margins": ()})
+            if not self.margins:
+                found[name + of_seed] = member
+            for margin in self.margins:
                 forgetting = self.forgetting.model_copy(update={"margin": margin})
-                update = {"seed": seed, "repetitions": 1, "margins": (), "forgetting": forgetting}
-                found[name + suffix] = self.model_copy(update=update)
+                of_both = f"{name}{of_seed}-m{_margin_label(margin)}"
+                found[of_both] = member.model_copy(update={"forgetting": forgetting})
         return found
 
     def load_scenario(self) -> Scenario:
@@ -817,7 +820,7 @@ class Sweep(_Section):
             "search": self.search.model_dump(mode="json", include={*SEARCHED, *SEARCHED_BY[self.search.algorithm]}),
             "forgetting": self.forgetting.model_dump(mode="json"),
         }
-        if self.forgetting.margin != "auto":
+        if self.forgetting.margin != "auto" or self.forgetting.auto_limit == DEFAULTS["forgetting"]["auto_limit"]:
             del dump["forgetting"]["auto_limit"]
         if self.capacity.on_depletion == "expand":
             dump["capacity"] = self.capacity.model_dump(mode="json")
@@ -848,6 +851,8 @@ class Sweep(_Section):
             InputError: They are none.
         """
         raw = self.model_dump(mode="json")
+        for section, values in DEFAULTS.items():
+            raw[section] |= values
         for key, value in settings.items():
             section, _, name = key.partition(".")
             if section in FORKED_SECTIONS:
@@ -876,6 +881,7 @@ class Sweep(_Section):
         flats = []
         for sweep in (self, *others):
             rest = sweep.model_dump(mode="json", include={"scenario": {"tasks"}, "search": True, "capacity": True})
+            del rest["search"]["max_failures"]
             flats.append(sweep.settings | dict(_flatten(rest)))
         keys = dict.fromkeys(key for flat in flats for key in flat)
         values = {key: [flat.get(key) for flat in flats] for key in keys}
@@ -888,6 +894,13 @@ SEARCHED_BY = {
     "grid": (),
     "random": ("algorithm", "points"),
     "optuna": ("algorithm", "points", "batch", "sampler", "objectives"),
+}
+# What `Sweep.settings` leaves out where it says nothing.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "search": {
+        name: SearchConfig.model_fields[name].default for name in sorted({*itertools.chain(*SEARCHED_BY.values())})
+    },
+    "forgetting": {"auto_limit": ForgettingConfig.model_fields["auto_limit"].default},
 }
 DRAWN_POINTS = 24
 # Of a sweep file: values, keys and lists among them, and how deep these may be nested. So few aliases repeat a value at

@@ -101,8 +101,10 @@ def failed_points(folder: RunFolder) -> tuple[FailedPoint, ...]:
 def costs_of(folder: RunFolder) -> tuple[Cost, ...]:
     """What each task has cost so far."""
     costs: list[Cost] = []
+    branch = folder.read_fork()
+    shared = branch.after_task + 1 if branch else 0
     while folder.read_plan(task := len(costs)) is not None:
-        records = [record for record in folder.read_points(task) if not record.origin]
+        records = [record for record in folder.read_points(task) if not record.origin and task >= shared]
         points = {record.point.index for record in records}
         scans = [scan for scan in folder.read_scans(task) if scan.point in points]
         costs.append(Cost(task, sum(each.seconds for each in records), sum(each.seconds for each in scans)))

@@ -148,8 +148,9 @@ def choose(
     best = max(record.val_accuracy for record in inside)
     if not passing:
         raise RuntimeError(
-            f"no candidate keeps {limit} of {inside[0].val_total} validation samples right at theta = 0; "
-            "a larger forgetting.margin would admit one"
+            f"no candidate keeps {limit} of {inside[0].val_total} validation samples right "
+            f"{'after its fine-tune rounds' if any(scan.round for scan in scans) else 'at theta = 0'}; "
+            "a larger forgetting.margin would admit one, with which `clnp-search fork` goes on after the task before"
         )
     measure = SPARSITY[sparsity]
 

@@ -139,6 +139,14 @@ def test_an_overlapping_grid_trains_only_its_new_points(copy: RunFolder, new: Ru
     assert all(check.passed for check in verify(new))
 
 
+def test_a_fork_is_whole_before_its_first_own_task(copy: RunFolder, new: RunFolder) -> None:
+    fork(copy, make(forgetting={"margin": "1%"}), 0, new)
+    assert [check.name for check in verify(new) if not check.passed] == []
+    summary = new.read_summary()
+    assert summary is not None
+    assert summary.tasks == copy.read_results()[:1]
+
+
 def test_a_fork_of_a_fork_keeps_the_settings_of_both(copy: RunFolder, new: RunFolder) -> None:
     second = make(scenario={"tasks": 3}, forgetting={"margin": "10%"})
     fork(copy, second, 0, new)

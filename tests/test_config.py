@@ -723,8 +723,35 @@ def test_auto_chooses_from_margins_up_to_its_limit() -> None:
     assert default.forgetting.margins[-2:] == (0.03, 0.05)
     assert more.forgetting.margins == (*default.forgetting.margins, 0.08, 0.12)
     assert fixed.forgetting.margins == (0.01,)
-    assert "forgetting.auto_limit" in default.settings
-    assert "forgetting.auto_limit" not in fixed.settings  # a run of before there was one goes on
+    assert more.settings["forgetting.auto_limit"] == 0.12
+    for sweep in (default, fixed):
+        assert "forgetting.auto_limit" not in sweep.settings  # a run of before there was one goes on
+    assert more.planned_with(default.settings).forgetting == default.forgetting
+
+
+def test_a_fork_may_draw_points_after_tasks_that_had_a_grid() -> None:
+    grid = make_sweep()
+    drawn = grid.overridden(
+        [
+            "search.algorithm=random",
+            "search.points=2",
+            "search.alpha={low: 1e-6, high: 1e-4}",
+            "search.learning_rate=0.01",
+        ]
+    )
+    assert drawn.planned_with(grid.settings).search == grid.search
+    assert grid.planned_with(drawn.settings).search == drawn.search
+
+
+def test_a_single_margin_is_a_run_with_that_margin() -> None:
+    ((name, member),) = make_sweep(margins=["20%"]).members("run").items()
+    assert (name, member.forgetting.margin, member.margins) == ("run-m20", 0.2, ())
+
+
+@pytest.mark.parametrize("margins", [["1%", 0.01], ["1%", "1.0000001%"]])
+def test_margins_that_would_be_runs_of_one_name_are_refused(margins: list[Any]) -> None:
+    with pytest.raises(InputError, match="a value is there twice"):
+        make_sweep(margins=margins)
 
 
 @pytest.mark.parametrize("values", [{"margins": ["1%", "1%"]}, {"margins": ["120%"]}, {"repetitions": 0}])

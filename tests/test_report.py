@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 from browser import page
-from builders import make_sweep, write_run
+from builders import make_result, make_sweep, write_run
 from command_line import Cli
 
 from clnp_search.errors import InputError
+from clnp_search.records import summarise
+from clnp_search.report.comparison import spread_rows
 from clnp_search.report.page import Report, report
 from clnp_search.storage import RunFolder, run_folder
 
@@ -60,6 +62,15 @@ def test_runs_that_differ_in_their_seed_alone_have_a_mean_and_a_deviation(tmp_pa
     text = " ".join(re.sub(r"<[^>]*>", " ", written.html).split())
     assert "mean ± deviation of 2 seeds 1.00 0, 1 91.50 ± 1.41 0.00" in text
     assert [row["margin"] for row in rows(written, "spread")] == ["0.01", "0.02"]
+
+
+def test_means_are_over_seeds_of_runs_that_are_equally_far() -> None:
+    summaries, sweeps = {}, {}
+    for name, seed, tasks in (("a", 0, 2), ("again", 0, 2), ("b", 1, 2), ("begun", 2, 1)):
+        results = tuple(make_result(index, (0.9,) * (index + 1), {}) for index in range(tasks))
+        summaries[name] = summarise(name, "complete", seed, "state", results)
+        sweeps[name] = make_sweep(seed=seed)
+    assert [row["runs"] for row in spread_rows(sweeps, summaries)] == [["a", "b"], ["begun"]]
 
 
 def test_the_page_has_its_figures_inside_and_needs_no_other_file(both: Report) -> None:

@@ -152,6 +152,7 @@ def run(
     sweep = located(load_sweep(sweep_file, overrides), storage, tracking_uri)
     members = sweep.members(sweep.name if name is None else name)
     if len(members) == 1:
+        ((name, sweep),) = members.items()
         _execute(*run_of(sweep, name), address, as_json)
         return
     from clnp_search.branching import fork as begin
@@ -217,10 +218,17 @@ def fork(
     """
     from clnp_search.branching import fork as begin
     from clnp_search.branching import points_taken_over
+    from clnp_search.search.capacity import local_capacity
     from clnp_search.storage import run_folder
 
     recorded, origin = open_named(run, storage)
-    sweep = located(recorded.overridden(overrides or []), origin.storage, tracking_uri)
+    sweep = recorded.overridden(overrides or [])
+    for key in ("storage", "repetitions", "margins"):
+        if getattr(sweep, key) != getattr(recorded, key):
+            raise InputError(f"--set {key}: a fork is one run, beside the one that it branches off from")
+    sweep = located(sweep, origin.storage, tracking_uri)
+    if address == "local":
+        local_capacity(sweep.resources)  # raises before anything is written
     folder = run_folder(origin.storage, name)
     begin(origin, sweep, after_task, folder)
     summary = drive(sweep, folder, address)
@@ -371,8 +379,10 @@ def drive(sweep: Sweep, folder: RunFolder, address: str, retry_failed: bool = Fa
 
                 runner = runner_of(sequence, folder, cluster, [shown, publisher, RayMetrics(folder.name)])
                 if begun:
-                    if sweep_of(folder).scenario != sweep.scenario:  # it was given more tasks
+                    recorded = sweep_of(folder)
+                    if recorded.scenario != sweep.scenario:  # it was given more tasks
                         runner.check()
+                    if recorded != sweep:
                         folder.write_sweep(sweep.to_yaml())
                 else:  # a run leaves no trace before all that can be checked is checked
                     runner.check()

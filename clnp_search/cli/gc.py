@@ -34,7 +34,10 @@ def gc(
     if bool(runs) == everything:
         raise InputError("gc: name runs, or give --all for those under --storage; allowed: one of the two")
     if runs:
-        found = {folder: _collect(folder, delete) for folder in [open_run(run, storage) for run in runs]}
+        folders = [open_run(run, storage) for run in runs]
+        for folder in folders:  # all are checked before the first one is touched
+            _collect(folder, delete=False)
+        found = {folder: _collect(folder, delete) for folder in folders}
     else:
         found = {}
         for folder in _all_runs(storage):

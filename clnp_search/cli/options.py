@@ -63,7 +63,7 @@ def absolute_sqlite(uri: str) -> str:
 
 def run_of(sweep: Sweep, name: str | None) -> tuple[Sweep, RunFolder]:
     """A sweep's run, which may be partly done, and the settings with which it goes on: its own, with the number of
-    tasks, the tracking, the resources and the places of modules that are asked for now.
+    tasks, the tracking, the resources, the patience and the places of data and modules that are asked for now.
 
     Raises:
         InputError: It was begun with other settings, or cannot be stored there.
@@ -81,10 +81,10 @@ def run_of(sweep: Sweep, name: str | None) -> tuple[Sweep, RunFolder]:
                 f"{folder.uri} is a run with other settings:\n  {listed}\n"
                 "Give the new run another name with --name, or resume the old one with `clnp-search resume`."
             )
-        scenario = recorded.scenario.model_copy(update={"tasks": sweep.scenario.tasks})
-        places = {"tracking": sweep.tracking, "modules": sweep.modules}
-        update = {"scenario": scenario, "resources": sweep.resources, **places}
-        sweep = recorded.model_copy(update=update)
+        scenario = recorded.scenario.model_copy(update={"tasks": sweep.scenario.tasks, "root": sweep.scenario.root})
+        search = recorded.search.model_copy(update={"max_failures": sweep.search.max_failures})
+        asked = {"tracking": sweep.tracking, "modules": sweep.modules, "resources": sweep.resources}
+        sweep = recorded.model_copy(update={"scenario": scenario, "search": search, **asked})
     check_sweep(folder, sweep)
     return sweep, folder
 

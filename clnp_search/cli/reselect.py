@@ -9,7 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from clnp_search.cli.console import count, err, out, print_json
+from clnp_search.cli.console import as_typed, count, err, out, print_json
 from clnp_search.cli.options import AsJson, Run, Storage, TaskIndex, open_named, require_task
 
 
@@ -92,10 +92,9 @@ def reselect(
         out.print(escape(reason), highlight=False)
     out.print(f"{count(found.evaluated, 'scan')} evaluated, the rest was recorded; nothing was trained")
     changes = " ".join(f"--set {each}" for each in asked)
-    if task and changes:
-        out.print(
-            f"go on with it: `clnp-search fork {run} --after-task {task - 1} --name NAME {changes}`", highlight=False
-        )
+    if changes:
+        fork = f"clnp-search fork {as_typed(folder)} --after-task {task - 1} --name NAME {changes}"
+        out.print(f"go on with it: `{fork}`", highlight=False)
 
 
 def _percent(value: float | None) -> str:

@@ -39,13 +39,13 @@ def status(
     if watch and as_json:
         raise InputError("--watch and --json: there is one document; allowed: one of the two")
     folder = open_run(run, storage)
-    while _show_status(run, folder, as_json) == "running" and watch:
+    while _show_status(folder, as_json) == "running" and watch:
         time.sleep(WATCH_S)
         if out.is_terminal:
             out.clear()
 
 
-def _show_status(run: str, folder: RunFolder, as_json: bool) -> str:
+def _show_status(folder: RunFolder, as_json: bool) -> str:
     """Prints where a run stands; gives its status."""
     from clnp_search.cli.view import summary_line, summary_table
     from clnp_search.forecast import forecast, in_words
@@ -87,7 +87,7 @@ def _show_status(run: str, folder: RunFolder, as_json: bool) -> str:
         )
     print_failed(progress.failed_points)
     if progress.status in ("interrupted", "failed"):
-        out.print(f"go on with `clnp-search resume {run}`", highlight=False)
+        out.print(f"go on with `clnp-search resume {as_typed(folder)}`", highlight=False)
     return progress.status
 
 

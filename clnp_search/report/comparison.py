@@ -43,15 +43,16 @@ def comparison_rows(summaries: Mapping[str, Summary]) -> list[dict[str, Any]]:
 def spread_rows(sweeps: Mapping[str, Sweep], summaries: Mapping[str, Summary]) -> list[dict[str, Any]]:
     """A row for each set of runs that differ in nothing but their seed: mean and standard deviation of their figures.
 
-    The deviation is the sample's; None of a single run.
+    Of several runs of one seed the first counts. The deviation is the sample's; None of a single run.
     """
-    families: dict[str, list[str]] = {}
+    families: dict[str, dict[int, str]] = {}
     for run, sweep in sweeps.items():
-        if summaries[run].tasks:
-            settings = sweep.settings | {"seed": None}
-            families.setdefault(json.dumps(settings, sort_keys=True, default=str), []).append(run)
+        if tasks := len(summaries[run].tasks):
+            settings = sweep.settings | {"seed": None, "tasks": tasks}
+            of_seeds = families.setdefault(json.dumps(settings, sort_keys=True, default=str), {})
+            of_seeds.setdefault(sweep.seed, run)
     rows = []
-    for runs in families.values():
+    for runs in (list(of_seeds.values()) for of_seeds in families.values()):
         figures = {
             "average_test_accuracy": [summaries[run].average_test_accuracy for run in runs],
             "max_forgetting": [summaries[run].max_forgetting for run in runs],
