@@ -151,8 +151,8 @@ def fork(origin: RunFolder, sweep: Sweep, after_task: int, folder: RunFolder) ->
         folder.copy_task(origin, task)
     folder.write_fork(Fork(origin.uri, after_task))
     if after_task >= 0:
-        digest = origin.read_state(after_task).digest
-        folder.write_summary(summarise(folder.name, "running", sweep.seed, digest, results[: after_task + 1]))
+        shared = results[: after_task + 1]
+        folder.write_summary(summarise(folder.name, "running", sweep.seed, shared[-1].state_digest, shared))
     folder.write_sweep(sweep.to_yaml())  # last: with it, it is a run
 
 

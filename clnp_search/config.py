@@ -820,7 +820,7 @@ class Sweep(_Section):
             "search": self.search.model_dump(mode="json", include={*SEARCHED, *SEARCHED_BY[self.search.algorithm]}),
             "forgetting": self.forgetting.model_dump(mode="json"),
         }
-        if self.forgetting.margin != "auto" or self.forgetting.auto_limit == DEFAULTS["forgetting"]["auto_limit"]:
+        if self.forgetting.margin != "auto" or self.forgetting.auto_limit == UNRECORDED["forgetting"]["auto_limit"]:
             del dump["forgetting"]["auto_limit"]
         if self.capacity.on_depletion == "expand":
             dump["capacity"] = self.capacity.model_dump(mode="json")
@@ -851,7 +851,7 @@ class Sweep(_Section):
             InputError: They are none.
         """
         raw = self.model_dump(mode="json")
-        for section, values in DEFAULTS.items():
+        for section, values in UNRECORDED.items():
             raw[section] |= values
         for key, value in settings.items():
             section, _, name = key.partition(".")
@@ -895,8 +895,8 @@ SEARCHED_BY = {
     "random": ("algorithm", "points"),
     "optuna": ("algorithm", "points", "batch", "sampler", "objectives"),
 }
-# What `Sweep.settings` leaves out where it says nothing.
-DEFAULTS: dict[str, dict[str, Any]] = {
+# What `Sweep.settings` leaves out where it says nothing: it is as by default then.
+UNRECORDED: dict[str, dict[str, Any]] = {
     "search": {
         name: SearchConfig.model_fields[name].default for name in sorted({*itertools.chain(*SEARCHED_BY.values())})
     },

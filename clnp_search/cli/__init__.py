@@ -380,7 +380,7 @@ def drive(sweep: Sweep, folder: RunFolder, address: str, retry_failed: bool = Fa
                 runner = runner_of(sequence, folder, cluster, [shown, publisher, RayMetrics(folder.name)])
                 if begun:
                     recorded = sweep_of(folder)
-                    if recorded.scenario != sweep.scenario:  # it was given more tasks
+                    if recorded.scenario != sweep.scenario:  # it was given more tasks, or its data elsewhere
                         runner.check()
                     if recorded != sweep:
                         folder.write_sweep(sweep.to_yaml())

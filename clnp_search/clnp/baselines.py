@@ -236,7 +236,7 @@ class Quadratic(Regulariser):
         importance, anchor = (_parts(state, state.memory.get(what, {}), pack) for what in ("importance", "anchor"))
         factors = torch.tensor(strengths, dtype=torch.float32, device=pack.device)
         self._trained = list(pack.trainable())
-        # Kept: as temporaries of each step they would go back to the system, which clears them before they come again.
+        # Of one step: of its parameters from the anchor; what else a step keeps may stand here afterwards.
         self._difference = [torch.empty_like(tensor.detach()) for *_, tensor in self._trained]
         self._terms = [
             (tensor, factors[points].view(-1, *[1] * (tensor.ndim - 1)), importance[name], anchor[name], difference)

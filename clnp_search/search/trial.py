@@ -318,8 +318,7 @@ def scan_point(inputs: TaskInputs, point: Point, min_correct: int, rule: str) ->
     record = folder.read_point(task, point.name_in(number))
     if record is None:
         raise FileNotFoundError(f"{folder.uri}: task {task}: the record of {point.name_in(number)} is missing")
-    trained, data = folder.read_trained(task, record), inputs.data()
-    candidate = Candidate(inputs.state, trained, *_validation(data, device), inputs.plan.cache_bytes)
+    candidate = _candidate(inputs, folder.read_trained(task, record), device)
     found = scan(candidate, point.index, min_correct, rule)
     _release()
     of = replace(found, key=record.key, parameters_sha256=record.parameters_sha256, round=number)
@@ -336,9 +335,11 @@ def _joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.cat(list(tensors)) if len(tensors) > 1 else tensors[0]
 
 
-def _validation(data: TaskData, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """The validation split, as the network takes samples, and its labels."""
-    return data.info.transform(data.validation.inputs.to(device)), data.validation.labels.to(device)
+def _candidate(inputs: TaskInputs, trained: FreeParameters, device: torch.device) -> Candidate:
+    """A trained point, to be evaluated on the validation split."""
+    data = inputs.data()
+    samples, labels = data.info.transform(data.validation.inputs.to(device)), data.validation.labels.to(device)
+    return Candidate(inputs.state, trained, samples, labels, inputs.plan.cache_bytes)
 
 
 def _validate(inputs: TaskInputs, trained: FreeParameters, device: torch.device) -> list[tuple[int, int]]:
@@ -347,9 +348,7 @@ def _validate(inputs: TaskInputs, trained: FreeParameters, device: torch.device)
     """
     data, baseline = inputs.data(), inputs.run.baseline
     if baseline is None:
-        candidate = Candidate(inputs.state, trained, *_validation(data, device), inputs.plan.cache_bytes)
-        correct = candidate.num_correct()
-        return [(correct, len(data.validation))]
+        return [(_candidate(inputs, trained, device).num_correct(), len(data.validation))]
     after = baseline.after(inputs.state, data.info, trained)
     return validate(after, baseline, inputs.run.scenario, device)
 
