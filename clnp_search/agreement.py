@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from clnp_search import selection
-from clnp_search.config import ForgettingConfig, Sweep
+from clnp_search.config import ForgettingConfig, Sweep, sweep_at
 from clnp_search.errors import Damaged, InputError
 from clnp_search.forecast import Budget
 from clnp_search.records import PointRecord, ScanRecord, Selection, TaskPlan, Units
@@ -34,12 +34,6 @@ def check_sweep(folder: RunFolder, sweep: Sweep) -> None:
     for index in range(committed + 1):
         if (plan := folder.read_plan(index)) is not None:
             _check_settings(folder, plan, sweep_at(folder, sweep, plan))
-
-
-def sweep_at(folder: RunFolder, sweep: Sweep, plan: TaskPlan) -> Sweep:
-    """The settings of a task: the run's own, or those that a task which it shares with another run was planned with."""
-    fork = folder.read_fork()
-    return sweep if fork is None or plan.task > fork.after_task else sweep.planned_with(plan.settings)
 
 
 def check_plan(folder: RunFolder, plan: TaskPlan, sweep: Sweep, parent: str, data: str, task: Task) -> None:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from functools import cache
 
 from clnp_search import selection
-from clnp_search.agreement import recorded_choice, sweep_at
-from clnp_search.config import FORKED_SECTIONS, ForgettingConfig, Sweep, sweep_of
+from clnp_search.agreement import recorded_choice
+from clnp_search.config import FORKED_SECTIONS, ForgettingConfig, Sweep, sweep_at, sweep_of
 from clnp_search.errors import InputError
 from clnp_search.forecast import Budget
 from clnp_search.records import Fork, PointRecord, ScanRecord, Selection, summarise

@@ -35,6 +35,7 @@ from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from clnp_search.errors import InputError
 from clnp_search.importing import IMPORT_PATH, described, imported
+from clnp_search.records import margin_text
 from clnp_search.storage import MAX_SWEEP_BYTES, NAME_PATTERN, VERSION, RunFolder, join_uri
 from clnp_search.tasks import SCENARIOS, Kind, Scenario, Wanted, kind_of
 
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from clnp_search.clnp.state import Architecture, State
     from clnp_search.clnp.trace import Traced
     from clnp_search.clnp.training import TrainingSettings
+    from clnp_search.records import TaskPlan
 
 
 def _parse_share(value: Any) -> Any:
@@ -64,12 +66,16 @@ def _parse_margin(value: Any) -> Any:
             f"a bare number is a fraction of 1, so {value} would allow a loss of {value:.0%} of accuracy; "
             f"write '{value}%' if you mean percentage points"
         )
+    if isinstance(value, str) and not value.strip().endswith("%"):
+        raise ValueError("write a percentage such as 0.05%, or a fraction such as 0.0005")
     return _parse_share(value)
 
 
 def _check_spent(value: Any) -> Any:
-    value = _parse_margin(value)
-    if value != "auto" and (isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1):
+    if value == "auto":
+        return value
+    value = _parse_margin(value) if not isinstance(value, str) or value.strip().endswith("%") else value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
         raise ValueError("write a percentage such as 0.05%, a fraction such as 0.0005, or auto")
     return value
 
@@ -130,23 +136,23 @@ def _check_scenario(name: str) -> str:
 
 
 def _require_different(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    if len({_margin_label(each) if isinstance(each, float) else each for each in values}) < len(values):
+    if len({margin_text(each) if isinstance(each, float) else each for each in values}) < len(values):
         raise ValueError("a value is there twice")
     return values
 
 
-def _margin_label(margin: float) -> str:
-    """A margin in percent, as names of runs have it."""
-    return f"{100 * margin:g}"
-
-
-def _list_or_one(item: Any) -> BeforeValidator:
-    """Takes a single value for a list of one."""
+def _list_or_one(item: Any, least: int = 1) -> BeforeValidator:
+    """Takes a single value for a list of one; a list has so many at least."""
 
     def as_list(value: Any) -> Any:
         return value if isinstance(value, list | tuple) else [value]
 
-    return BeforeValidator(as_list, json_schema_input_type=item | Annotated[tuple[item, ...], Field(min_length=1)])
+    return BeforeValidator(as_list, json_schema_input_type=item | Annotated[tuple[item, ...], Field(min_length=least)])
+
+
+def _or_empty(section: Any) -> BeforeValidator:
+    """Takes the name of a section with nothing below it for one that is all defaults."""
+    return BeforeValidator(lambda value: {} if value is None else value, json_schema_input_type=section | None)
 
 
 # Strict: YAML has numbers of its own, and `true` is none of them. What a validator takes before it is parsed is said by
@@ -290,7 +296,7 @@ class MlpConfig(_Section):
     flatten: ClassVar[bool] = True
     name: Literal["mlp"] = "mlp"
     """mlp: a multilayer perceptron."""
-    hidden: Annotated[tuple[PositiveCount, ...], Field(min_length=1)]
+    hidden: Annotated[tuple[PositiveCount, ...], Field(min_length=1), _list_or_one(PositiveCount)]
     """Units of each hidden layer."""
     activation: Literal["relu", "sigmoid", "tanh"] = "relu"
     """Activation of the hidden layers."""
@@ -313,7 +319,7 @@ class ConvConfig(_Section):
     flatten: ClassVar[bool] = False
     name: Literal["conv"]
     """conv: 3 x 3 convolutions and maximum pools, then dense layers."""
-    layers: Annotated[tuple[ConvLayer, ...], Field(min_length=1)]
+    layers: Annotated[tuple[ConvLayer, ...], Field(min_length=1), _list_or_one(ConvLayer)]
     """Channels of each convolution (padding 1), `valid N` for N channels without padding, or `pool` (2 x 2)."""
     dense: tuple[PositiveCount, ...] = ()
     """Units of the dense layers after them."""
@@ -488,10 +494,9 @@ class SearchConfig(_Section):
     """How many optuna asks for at a time, which are packed and trained side by side. Default: a quarter of them."""
     sampler: Literal["tpe", "gp", "nsga2"] = "tpe"
     """Of optuna: tree-structured Parzen estimator, Gaussian process, or a genetic algorithm."""
-    objectives: Annotated[tuple[Objective, ...], Field(min_length=1), AfterValidator(_require_different)] = (
-        "accuracy",
-        "sparsity",
-    )
+    objectives: Annotated[
+        tuple[Objective, ...], Field(min_length=1), AfterValidator(_require_different), _list_or_one(Objective)
+    ] = ("accuracy", "sparsity")
     """What optuna raises: validation accuracy before pruning; sparsity after its scan, of a point inside the margin."""
     points_per_trial: Literal["auto"] | PositiveCount = "auto"
     """Grid points that one Ray Tune trial trains together; auto keeps all devices busy that have enough to do for the
@@ -630,22 +635,22 @@ class Sweep(_Section):
     """Of everything random: splits, permutations, initial weights, data order."""
     repetitions: PositiveCount = 1
     """A sequence for each of so many seeds, from `seed` on; see also `margins`."""
-    margins: Annotated[tuple[Margin, ...], AfterValidator(_require_different)] = ()
+    margins: Annotated[tuple[Margin, ...], AfterValidator(_require_different), _list_or_one(Margin, least=0)] = ()
     """A sequence for each of these margins, instead of the one of `forgetting`; what they share is trained once."""
     method: Literal["clnp", "single_task", "finetune", "joint", "ewc", "si", "packnet"] = "clnp"
     """How the network goes from task to task: clnp; or one to compare it with, on the same networks, tasks and seeds.
     Of those, `search.alpha`, `forgetting` and what prunes or penalises by L1 say nothing."""
     scenario: ScenarioConfig
     network: NetworkConfig
-    head: HeadConfig = HeadConfig()
-    training: TrainingConfig = TrainingConfig()
-    search: SearchConfig = SearchConfig()
-    forgetting: ForgettingConfig = ForgettingConfig()
-    capacity: CapacityConfig = CapacityConfig()
-    resources: ResourcesConfig = ResourcesConfig()
+    head: Annotated[HeadConfig, _or_empty(HeadConfig)] = HeadConfig()
+    training: Annotated[TrainingConfig, _or_empty(TrainingConfig)] = TrainingConfig()
+    search: Annotated[SearchConfig, _or_empty(SearchConfig)] = SearchConfig()
+    forgetting: Annotated[ForgettingConfig, _or_empty(ForgettingConfig)] = ForgettingConfig()
+    capacity: Annotated[CapacityConfig, _or_empty(CapacityConfig)] = CapacityConfig()
+    resources: Annotated[ResourcesConfig, _or_empty(ResourcesConfig)] = ResourcesConfig()
     storage: Text = "runs/"
     """Folder or URI under which run folders are made."""
-    tracking: TrackingConfig = TrackingConfig()
+    tracking: Annotated[TrackingConfig, _or_empty(TrackingConfig)] = TrackingConfig()
     modules: Annotated[tuple[Text, ...], _list_or_one(Text)] = (".",)
     """Folders where your own modules lie, if they are not installed. Default: the sweep file's, and the current one."""
 
@@ -663,7 +668,7 @@ class Sweep(_Section):
                 found[name + of_seed] = member
             for margin in self.margins:
                 forgetting = self.forgetting.model_copy(update={"margin": margin})
-                of_both = f"{name}{of_seed}-m{_margin_label(margin)}"
+                of_both = f"{name}{of_seed}-m{margin_text(margin).removesuffix('%')}"
                 found[of_both] = member.model_copy(update={"forgetting": forgetting})
         return found
 
@@ -830,8 +835,11 @@ class Sweep(_Section):
             dump["method"] = self.method
         return dict(_flatten(dump))
 
-    def overridden(self, overrides: Sequence[str]) -> Sweep:
+    def overridden(self, overrides: Sequence[str], source: str = "--set") -> Sweep:
         """This sweep with `key=value` overrides applied.
+
+        Args:
+            source: What faults are said to be of.
 
         Raises:
             InputError: As `load_sweep`.
@@ -839,7 +847,7 @@ class Sweep(_Section):
         raw = self.model_dump(mode="json")
         for override in overrides:
             _apply_override(raw, override)
-        return parse_sweep(raw, "--set")
+        return parse_sweep(raw, source)
 
     def planned_with(self, settings: Mapping[str, Any]) -> Sweep:
         """This sweep with the settings of training, search and forgetting that a task was planned with.
@@ -994,6 +1002,12 @@ def sweep_of(folder: RunFolder) -> Sweep:
         raise InputError(f"{error}\nThe run was begun by {writer}; this is {VERSION}.") from error
 
 
+def sweep_at(folder: RunFolder, sweep: Sweep, plan: TaskPlan) -> Sweep:
+    """The settings of a task: the run's own, or those that a task which it shares with another run was planned with."""
+    fork = folder.read_fork()
+    return sweep if fork is None or plan.task > fork.after_task else sweep.planned_with(plan.settings)
+
+
 def _parse_yaml(text: str, source: str) -> Any:
     if "&" in text and len(ALIAS.findall(text)) > MAX_ALIASES:
         raise InputError(f"{source}: more than {MAX_ALIASES} YAML aliases")
@@ -1063,7 +1077,9 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     *sections, last = key.strip().split(".")
     place: Any = raw
     for section in sections:
-        place = place.setdefault(section, {}) if isinstance(place, dict) else place
+        if isinstance(place, dict):
+            place[section] = {} if place.get(section) is None else place[section]
+            place = place[section]
     if not isinstance(place, dict):
         raise InputError(f"--set {override}: {'.'.join(sections)} is no section")
     place[last] = _parse_yaml(value, f"--set {override}")
@@ -1205,10 +1221,7 @@ def _explain(detail: Any) -> str:
     location = [part for part in detail["loc"] if not _is_branch(part)]
     key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
     if detail["type"] == "extra_forbidden":
-        section: Any = Sweep
-        for part in detail["loc"][:-1]:
-            section = NETWORKS[part] if part in NETWORKS else section.model_fields[part].annotation
-        known = list(section.model_fields)
+        known = _keys_at(detail["loc"][:-1])
         close = difflib.get_close_matches(str(location[-1]), known, 1, cutoff=0.5)
         hint = f"did you mean {close[0]!r}? " if close else ""
         return f"{key}: unknown key; {hint}Known here: {', '.join(known)}"
@@ -1217,7 +1230,21 @@ def _explain(detail: Any) -> str:
     if detail["type"] == "missing":
         return f"{key}: missing; it has no default"
     message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "model_type":
+        message = f"allowed: a section, with some of {', '.join(_keys_at(detail['loc']))}"
+    elif detail["type"] == "tuple_type":
+        message = "allowed: a list"
+    elif detail["type"] == "too_short":
+        message = f"allowed: a list of {detail['ctx']['min_length']} or more"
     return f"{key}: {detail['input']!r:.80}: {message[:1].lower() + message[1:]}"
+
+
+def _keys_at(location: Sequence[Any]) -> list[str]:
+    """The keys of the section at a pydantic location."""
+    section: Any = Sweep
+    for part in location:
+        section = NETWORKS[part] if part in NETWORKS else section.model_fields[part].annotation
+    return list(section.model_fields)
 
 
 def _is_branch(part: str | int) -> bool:

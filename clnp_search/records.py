@@ -404,6 +404,11 @@ class Summary:
         _require([task.index for task in self.tasks] == [*range(len(self.tasks))], "tasks out of order")
 
 
+def margin_text(margin: float | str | None) -> str:
+    """A margin as people write it, `0.05%` or `auto`; nothing of a method that has none."""
+    return f"{100 * margin:g}%" if isinstance(margin, float) else margin or ""
+
+
 def summarise(name: str, status: RunStatus, seed: int, state_digest: str, tasks: tuple[TaskResult, ...]) -> Summary:
     """A sequence's figures from its tasks' results.
 

@@ -26,13 +26,12 @@ from clnp_search.agreement import (
     check_sweep,
     recorded_best,
     recorded_choice,
-    sweep_at,
 )
 from clnp_search.clnp.rates import matrix_rate
 from clnp_search.clnp.seeds import generator
 from clnp_search.clnp.state import FREE, Architecture, Parameters, State, commit
 from clnp_search.clnp.subnetwork import Subnetwork, subnetworks
-from clnp_search.config import Sweep
+from clnp_search.config import Sweep, sweep_at
 from clnp_search.errors import Damaged, InputError, MachineFault
 from clnp_search.forecast import Budget
 from clnp_search.listener import Listener

@@ -547,16 +547,25 @@ def open_run(run: str, storage: str = "runs/") -> RunFolder:
     raise InputError(f"{run}: no run of that name under {storage}, and no run folder")
 
 
-def run_folder(storage: str, name: str) -> RunFolder:
-    """The folder of a run that may not exist yet.
+def require_name(name: str) -> None:
+    """Nothing, if runs may have this name.
 
     Raises:
-        InputError: The name has characters that could lead out of the storage, or no files can be put there.
+        InputError: It has characters that could lead out of the storage.
     """
     if not re.fullmatch(NAME_PATTERN, name):
         raise InputError(
             f"name {name!r}: allowed are letters, digits, '.', '_' and '-', starting with one of the first two"
         )
+
+
+def run_folder(storage: str, name: str) -> RunFolder:
+    """The folder of a run that may not exist yet.
+
+    Raises:
+        InputError: As `require_name`, or no files can be put there.
+    """
+    require_name(name)
     folder = RunFolder(join_uri(storage, name))
     folder.require_writable()
     return folder

@@ -13,12 +13,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from clnp_search.agreement import Chosen, check_commit, recorded_best, recorded_choice, sweep_at
+from clnp_search.agreement import Chosen, check_commit, recorded_best, recorded_choice
 from clnp_search.baseline import accuracies_ahead, check_validation, networks_after
 from clnp_search.baseline import selected as selected_by_baseline
 from clnp_search.clnp.state import FreeParameters, State, commit
 from clnp_search.clnp.subnetwork import Subnetwork
-from clnp_search.config import sweep_of
+from clnp_search.config import sweep_at, sweep_of
 from clnp_search.errors import InputError
 from clnp_search.records import Selected, TaskPlan, TaskResult, summarise
 from clnp_search.search.proposals import agree

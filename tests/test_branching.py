@@ -12,6 +12,7 @@ from clnp_search.branching import fork, points_taken_over, reselect
 from clnp_search.config import AUTO_MARGINS, Sweep
 from clnp_search.errors import InputError
 from clnp_search.records import PointRecord
+from clnp_search.report.figures import scans_of
 from clnp_search.search import trial
 from clnp_search.storage import RunFolder, run_folder
 from clnp_search.verification import verify
@@ -145,6 +146,16 @@ def test_a_fork_is_whole_before_its_first_own_task(copy: RunFolder, new: RunFold
     summary = new.read_summary()
     assert summary is not None
     assert summary.tasks == copy.read_results()[:1]
+
+
+def test_figures_and_tables_of_shared_tasks_show_the_rule_that_they_were_chosen_by(
+    copy: RunFolder, new: RunFolder
+) -> None:
+    other = make(forgetting={"theta": "per_layer"})
+    fork(copy, other, 0, new)
+    run_in_process(other, new)
+    assert scans_of(new, 0) == scans_of(copy, 0) != []
+    assert {scan.rule for task in range(2) for scan in scans_of(new, task)} == {"global", "per_layer"}
 
 
 def test_a_fork_of_a_fork_keeps_the_settings_of_both(copy: RunFolder, new: RunFolder) -> None:

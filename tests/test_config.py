@@ -312,10 +312,26 @@ def test_a_file_that_is_no_sweep_is_refused_by_name(tmp_path: Path, text: str) -
     assert "sweep.yaml" in faults(tmp_path, text)[0]
 
 
-@pytest.mark.parametrize("section", ["scenario", "network", "search", "training"])
-def test_a_section_that_is_no_mapping_is_refused(tmp_path: Path, section: str) -> None:
-    lines = faults(tmp_path, SMALLEST, [f"{section}=5"])
-    assert any(line.startswith(f"{section}: 5: ") for line in lines[1:])
+@pytest.mark.parametrize(
+    ("override", "fault"),
+    [
+        ("scenario=5", "scenario: 5: allowed: a section, with some of name, tasks, "),
+        ("tracking=none", "tracking: 'none': allowed: a section, with some of uri, models"),
+        ("scenario.augment=5", "scenario.augment: 5: allowed: a section, with some of crop, flip"),
+        ("network=5", "network: 5: allowed: name: mlp, conv or zenke, or module"),
+        ("network={name: conv, layers: 4, dense: 4}", "network.dense: 4: allowed: a list"),
+        ("network.hidden=[]", "network.hidden: []: allowed: a list of 1 or more"),
+        ("margins=one", "margins[0]: 'one': write a percentage such as 0.05%, or a fraction such as 0.0005"),
+    ],
+)
+def test_a_value_of_the_wrong_form_says_the_right_one(tmp_path: Path, override: str, fault: str) -> None:
+    assert faults(tmp_path, SMALLEST, [override])[1].startswith(fault)
+
+
+def test_a_section_with_nothing_below_it_is_all_defaults(tmp_path: Path) -> None:
+    empty = f"{SMALLEST}training:\ntracking:\n"
+    assert load_sweep(written(tmp_path, empty)) == load_sweep(written(tmp_path, SMALLEST))
+    assert load_sweep(written(tmp_path, empty), ["training.epochs=3"]).training.epochs == 3
 
 
 def test_a_file_that_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
@@ -482,6 +498,13 @@ def test_the_schema_takes_the_readmes_example_and_so_does_the_parser(tmp_path: P
         ("training: {epochs: true}", False),
         ("training: {epochs: '3'}", False),
         ("training: {epoch: 3}", False),
+        ("training:", True),
+        ("margins: 1%", True),
+        ("margins: []", True),
+        ("margins: one", False),
+        ("network: {hidden: 4}", True),
+        ("network: {hidden: []}", False),
+        ("search: {algorithm: optuna, alpha: {low: 1e-6, high: 1}, learning_rate: 1, objectives: accuracy}", True),
         ("seed: -1", False),
         ("storage: ''", False),
         ("scenario: {name: permuted_dogs}", False),

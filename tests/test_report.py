@@ -60,7 +60,7 @@ def test_runs_that_differ_in_their_seed_alone_have_a_mean_and_a_deviation(tmp_pa
         folders[-1].write_summary(replace(summary, average_test_accuracy=accuracy))
     written = report(folders)
     text = " ".join(re.sub(r"<[^>]*>", " ", written.html).split())
-    assert "mean ± deviation of 2 seeds 1.00 0, 1 91.50 ± 1.41 0.00" in text
+    assert "mean ± deviation of 2 seeds 1% 0, 1 91.50 ± 1.41 0.00" in text
     assert [row["margin"] for row in rows(written, "spread")] == ["0.01", "0.02"]
 
 

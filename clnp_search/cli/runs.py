@@ -15,6 +15,7 @@ from rich.table import Table
 from clnp_search.cli.console import as_typed, count, duration, err, out, print_json
 from clnp_search.cli.options import AsJson, Run, Storage
 from clnp_search.errors import InputError
+from clnp_search.records import margin_text
 
 if TYPE_CHECKING:
     from clnp_search.progress import FailedPoint, Progress
@@ -116,7 +117,7 @@ def runs(storage: Storage = "runs/", as_json: AsJson = False) -> None:
             row["name"],
             f"[{COLOURS[row['status']]}]{row['status']}[/]",
             row["method"],
-            _text(row["margin"]),
+            margin_text(row["margin"]),
             str(row["seed"]),
             f"{row['tasks']}/{row['num_tasks'] or '?'}",
             "" if accuracy is None else f"{accuracy:.2%}",
@@ -172,8 +173,10 @@ def compare(
     for label in labels:
         table.add_column(label, justify="right")
     table.add_row("status", *(f"[{COLOURS[row['status']]}]{row['status']}[/]" for row in cells))
-    for key in ("method", "margin", "seed", "tasks", "points"):
-        table.add_row(key, *(_text(row[key]) for row in cells))
+    table.add_row("method", *(row["method"] for row in cells))
+    table.add_row("margin", *(margin_text(row["margin"]) for row in cells))
+    for key in ("seed", "tasks", "points"):
+        table.add_row(key, *(str(row[key]) for row in cells))
     table.add_row("seconds", *(f"{row['seconds']:.0f}" for row in cells))
     table.add_row("average test accuracy", *(f"{row['average_test_accuracy']:.2%}" for row in cells))
     table.add_row("free units", *(_shares(row["free_units"], row["units"]) for row in cells), end_section=True)
@@ -221,7 +224,7 @@ def print_family(folders: Sequence[RunFolder], as_json: bool) -> list[dict[str, 
     for row in rows:
         free = _shares(row["free_units"], row["units"])
         shown = (f"{row['average_test_accuracy']:.2%}", free, row["points_trained"], row["points_taken_over"])
-        table.add_row(row["name"], _text(row["margin"]), str(row["seed"]), *map(str, shown))
+        table.add_row(row["name"], margin_text(row["margin"]), str(row["seed"]), *map(str, shown))
     out.print(table)
     print_spread(spread)
     out.print(f"compare them: `clnp-search report {' '.join(as_typed(folder) for folder in folders)}`", highlight=False)
@@ -281,11 +284,7 @@ def _row(folder: RunFolder, progress: Progress | None) -> dict[str, Any]:
 
 def _rule(row: dict[str, Any]) -> str:
     """What tells the families of runs apart: a margin, or a baseline."""
-    return f"margin {_text(row['margin'])}" if row["method"] == "clnp" else f"method {row['method']}"
-
-
-def _text(value: Any) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else "" if value is None else str(value)
+    return f"margin {margin_text(row['margin'])}" if row["method"] == "clnp" else f"method {row['method']}"
 
 
 def _shares(free: int, units: int) -> str:

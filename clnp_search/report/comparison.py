@@ -61,7 +61,7 @@ def spread_rows(sweeps: Mapping[str, Sweep], summaries: Mapping[str, Summary]) -
         sweep = sweeps[runs[0]]
         margin = sweep.forgetting.margin if sweep.method == "clnp" else None
         row: dict[str, Any] = {"method": sweep.method, "margin": margin, "runs": runs}
-        row |= {"seeds": [summaries[run].seed for run in runs]}
+        row |= {"seeds": [summaries[run].seed for run in runs], "tasks": len(summaries[runs[0]].tasks)}
         for name, values in figures.items():
             deviation = stdev(values) if len(values) > 1 else None
             row |= {f"{name}_mean": fmean(values), f"{name}_deviation": deviation}

@@ -26,7 +26,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator, SymmetricalLogLocator
 from matplotlib.typing import ColorType
 
-from clnp_search.config import sweep_of
+from clnp_search.config import sweep_at, sweep_of
 from clnp_search.pareto import pareto_front
 from clnp_search.records import PointRecord, ScanRecord, Selection, Summary, TaskResult
 from clnp_search.storage import RunFolder
@@ -88,7 +88,7 @@ def draw_run(folder: RunFolder, summary: Summary, whole: bool = True) -> None:
 
 
 def draw_task(folder: RunFolder, run: str, result: TaskResult) -> dict[str, Figure]:
-    """The figures of a committed task, by name; none if it was chosen by another rule, before a fork."""
+    """The figures of a committed task, by name; none of a baseline's."""
     task = result.index
     plan, selection = folder.read_plan(task), folder.read_selection(task)
     scans = scans_of(folder, task)
@@ -103,13 +103,12 @@ def draw_task(folder: RunFolder, run: str, result: TaskResult) -> dict[str, Figu
 
 
 def scans_of(folder: RunFolder, task: int) -> list[ScanRecord]:
-    """The scans that a task has chosen by; none if that was by another rule, before a fork."""
-    selection = folder.read_selection(task)
-    if selection is None:
+    """The scans that a task has chosen by; none of a baseline."""
+    plan, selection = folder.read_plan(task), folder.read_selection(task)
+    if plan is None or selection is None:
         return []
-    asked = sweep_of(folder).forgetting.rule, selection.min_correct
-    scans = [scan for each in selection.candidates if (scan := folder.read_scan(task, each, *asked)) is not None]
-    return scans if any(scan.point == selection.chosen for scan in scans) else []
+    asked = sweep_at(folder, sweep_of(folder), plan).forgetting.rule, selection.min_correct
+    return [scan for each in selection.candidates if (scan := folder.read_scan(task, each, *asked)) is not None]
 
 
 def to_png(figure: Figure) -> bytes:

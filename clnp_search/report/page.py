@@ -15,11 +15,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from clnp_search.clnp.subnetwork import Subnetwork
-from clnp_search.config import Sweep, network_state, sweep_of
+from clnp_search.config import network_state
 from clnp_search.errors import InputError
 from clnp_search.forecast import in_words
 from clnp_search.pareto import pareto_front
-from clnp_search.records import TaskResult
+from clnp_search.progress import progress_of
+from clnp_search.records import TaskResult, margin_text
 from clnp_search.report.comparison import spread_rows
 from clnp_search.report.figures import accuracy_matrix, draw_task, runs_compared, scans_of, to_svg, units_grown
 from clnp_search.storage import RunFolder
@@ -55,7 +56,7 @@ def report(folders: Sequence[RunFolder]) -> Report:
     environment = Environment(
         loader=PackageLoader("clnp_search.report", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    environment.filters |= {"percent": _percent, "compact": _compact}
+    environment.filters |= {"percent": _percent, "compact": _compact, "margin": margin_text}
     html = environment.get_template("page.html.j2").render(
         runs=runs,
         spread=spread,
@@ -69,11 +70,12 @@ class _Run:
     """What the page shows of one run."""
 
     def __init__(self, folder: RunFolder, name: str) -> None:
-        summary = folder.read_summary()
-        if summary is None or not summary.tasks:
+        progress = progress_of(folder)
+        summary = progress.summary
+        if not summary.tasks:
             raise InputError(f"{folder.uri}: no task is committed yet, so there is nothing to report")
         self.name, self.folder, self.summary = name, folder, replace(summary, name=name)
-        self.sweep: Sweep = sweep_of(folder)
+        self.sweep, self.status = progress.sweep, progress.status
         self.sweep_text = folder.read_sweep()
         last = summary.tasks[-1].units
         self.free = sum(units.free for units in last.values())
@@ -131,7 +133,7 @@ class _Run:
         summary = self.summary
         return {
             "run": self.name,
-            "status": summary.status,
+            "status": self.status,
             "method": self.sweep.method,
             "scenario": self.sweep.scenario.name,
             "margin": self.sweep.forgetting.margin,

@@ -17,6 +17,7 @@ from packaging.requirements import InvalidRequirement, Requirement
 from clnp_search.config import ModuleConfig, Sweep
 from clnp_search.errors import InputError, MachineFault
 from clnp_search.search.retries import pause, tried
+from clnp_search.storage import require_name
 from clnp_search.tasks import SCENARIOS, kind_of
 
 logger = logging.getLogger(__name__)
@@ -66,7 +67,12 @@ class Job:
 
 
 def job_of(sweep: Sweep, name: str, address: str) -> Job:
-    """The job that a run is at a job server, whether it was sent there or not."""
+    """The job that a run is at a job server, whether it was sent there or not.
+
+    Raises:
+        InputError: As `require_name`.
+    """
+    require_name(name)
     return Job(address, f"clnp-{name}-{hashlib.sha256(sweep.to_yaml().encode()).hexdigest()[:12]}")
 
 
@@ -80,12 +86,12 @@ def submit_run(sweep: Sweep, name: str, address: str, environment: dict[str, str
         packages: What uv installs for it on the nodes, beside what they have: requirements, and wheels, which are sent.
 
     Raises:
-        InputError: No job server answers there, the `cluster` extra is not installed, there is too much to send, or a
-            package is none.
+        InputError: No run may have this name, no job server answers there, the `cluster` extra is not installed, there
+            is too much to send, or a package is none.
         MachineFault: The server takes no job.
     """
-    client = _client(address)
     job = job_of(sweep, name, address)
+    client = _client(address)
     # An interrupt, and time to act on it: a stopped job keeps every finished point.
     variables = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "60"} | environment
     known = {details.submission_id: details.status for details in client.list_jobs()}

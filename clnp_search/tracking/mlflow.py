@@ -9,6 +9,7 @@ needed.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import statistics
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clnp_search.clnp.subnetwork import Subnetwork
-from clnp_search.config import Sweep
+from clnp_search.config import Sweep, sweep_at
 from clnp_search.records import Point, PointRecord, ScanRecord, Selection, Summary, TaskPlan, TaskResult, summarise
 from clnp_search.storage import RunFolder
 from clnp_search.tracking.models import export_tasks, save_model
@@ -146,7 +147,7 @@ class MlflowTracker:
         metrics = [metric for index in steps for metric in _sequence_metrics(results[: index + 1])]
         if sequence.status != STATUS[state] or store.missing(sequence, metrics):
             store.upload(sequence, self._artifacts())
-            store.log(sequence, metrics, tags={"clnp.status": state})
+            store.log(sequence, metrics, tags={"clnp.status": state, "clnp.tasks": str(len(results))})
             store.set_status(sequence, STATUS[state], results[-1].ended if results and state != "failed" else 0.0)
         written = {"key": entries["key"], "experiment_id": store.experiment_id, "runs": store.run_ids}
         if written != entries:
@@ -236,7 +237,7 @@ class MlflowTracker:
         tags = {key: text for key, text in tags.items() if text or (known and key in known.tags)}
         if selection is not None:
             tags["selected"] = str(point.index == selection.chosen).lower()
-            asked = self._sweep.forgetting.rule, selection.min_correct
+            asked = sweep_at(folder, self._sweep, plan).forgetting.rule, selection.min_correct
             scan = folder.read_scan(plan.task, point.index, *asked) if point.index in selection.candidates else None
             metrics += _scan_metrics(scan) if scan else []
             metrics += _theta(scan.theta, groups) if scan and scan.theta else []
@@ -277,8 +278,8 @@ def log_spread(sweep: Sweep, name: str, rows: Sequence[Mapping[str, Any]]) -> No
             for figure, key in (("average_test_accuracy", "test/average_accuracy"), ("free_units", "capacity/free"))
             for kind, suffix in (("mean", ""), ("deviation", "_deviation"))
         }
-        # By the number of seeds, so that more of them later on are a point more.
-        metrics = [(key, value, len(seeds)) for key, value in figures.items()]
+        # By the tasks of all seeds, so that more of either later on are a point more.
+        metrics = [(key, value, len(seeds) * row["tasks"]) for key, value in figures.items()]
         params = {"method": row["method"], "forgetting.margin": str(row["margin"])}
         store.log(run, metrics, params, {"clnp.seeds": ", ".join(map(str, seeds))})
         store.set_status(run, "FINISHED")
@@ -291,7 +292,7 @@ def _settings(sweep: Sweep) -> dict[str, str]:
     """The settings that tell sweeps apart, under their names in the sweep file."""
     left_out = {"name", "repetitions", "margins", "storage", "tracking", "resources", "modules"}
     dump = sweep.model_dump(mode="json", exclude=left_out)
-    dump["scenario"].pop("root")
+    del dump["scenario"]["root"], dump["scenario"]["tasks"]  # a run may be given more tasks, a param stays as it is
     flat = {key: dump.pop(key) for key in ("seed", "method")}
     flat |= {f"{section}.{key}": value for section, values in dump.items() for key, value in values.items()}
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in flat.items()}
@@ -601,6 +602,7 @@ def _check_reachable(uri: str) -> None:
         import mlflow.store.db.utils
 
         mlflow.store.db.utils.MAX_RETRY_COUNT = 3  # ten, its default, are 102 seconds of sleep
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.ERROR)  # what the retries end with is said
 
 
 def _artifact_location(uri: str, experiment: str) -> str | None:

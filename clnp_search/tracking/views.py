@@ -28,6 +28,7 @@ _VIEWS: dict[str, tuple[str, str, tuple[str, bool], list[str]]] = {
             "metrics.`test/forgetting`",
             "metrics.`capacity/scarcest`",
             "params.`seed`",
+            "tags.`clnp.tasks`",
             "tags.`clnp.status`",
         ],
     ),

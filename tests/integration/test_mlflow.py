@@ -31,6 +31,7 @@ SPREAD = {
     "method": "clnp",
     "margin": 0.01,
     "seeds": [0, 1],
+    "tasks": 2,
     "average_test_accuracy_mean": 0.905,
     "average_test_accuracy_deviation": 0.002,
     "free_units_mean": 12.5,
@@ -400,14 +401,18 @@ def test_saved_views_show_sequences_choices_and_points_in_a_browser(
     assert family["tags.`clnp.seeds`"] == "0, 1"
 
 
-def test_means_over_seeds_are_one_run_that_grows_with_their_number(finished: RunFolder, sweep: Sweep) -> None:
+def test_means_over_seeds_are_one_run_that_grows_with_them_and_with_their_tasks(
+    finished: RunFolder, sweep: Sweep
+) -> None:
     one = SPREAD | {"margin": 0.02, "seeds": [0]}
-    for rows in ([SPREAD, one], [SPREAD, one], [SPREAD | {"seeds": [0, 1, 2], "average_test_accuracy_mean": 0.9}]):
+    further = SPREAD | {"tasks": 3, "average_test_accuracy_mean": 0.902}
+    more = further | {"seeds": [0, 1, 2], "average_test_accuracy_mean": 0.9}
+    for rows in ([SPREAD, one], [SPREAD, one], [further], [more]):
         log_spread(sweep, "family", rows)
     client = MlflowClient(sweep.tracking.uri)
     [run] = [each for each in runs_of(sweep).values() if each.data.tags["clnp.level"] == "family"]
     history = client.get_metric_history(run.info.run_id, "test/average_accuracy")
-    assert [(each.step, each.value) for each in history] == [(2, 0.905), (3, 0.9)]
+    assert [(each.step, each.value) for each in history] == [(4, 0.905), (6, 0.902), (9, 0.9)]
     assert run.data.tags["clnp.seeds"] == "0, 1, 2"
     assert run.info.status == "FINISHED"
 
