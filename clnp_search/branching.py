@@ -12,7 +12,7 @@ from functools import cache
 
 from clnp_search import selection
 from clnp_search.agreement import recorded_choice
-from clnp_search.config import FORKED_SECTIONS, ForgettingConfig, Sweep, sweep_at, sweep_of
+from clnp_search.config import FORKED_SECTIONS, ForgettingConfig, Sweep, planned_with, sweep_at, sweep_of
 from clnp_search.errors import InputError
 from clnp_search.forecast import Budget
 from clnp_search.records import Fork, PointRecord, ScanRecord, Selection, summarise
@@ -143,7 +143,7 @@ def fork(origin: RunFolder, sweep: Sweep, after_task: int, folder: RunFolder) ->
         raise InputError(f"scenario.tasks: {sweep.scenario.tasks} is fewer than the tasks that are shared")
     for task in range(after_task + 1):
         if (plan := origin.read_plan(task)) is not None:
-            sweep.planned_with(plan.settings)  # as which the shared task is read, in this run too
+            planned_with(sweep, plan.settings)  # as which the shared task is read, in this run too
     if after_task >= 0:
         first_points(sweep, after_task + 1, None, origin.read_state(after_task).graph.layers)  # whose alphas must fit
     folder.require_writable()

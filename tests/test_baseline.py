@@ -16,7 +16,7 @@ from clnp_search.agreement import check_sweep
 from clnp_search.api import load
 from clnp_search.branching import reselect
 from clnp_search.clnp.subnetwork import Subnetwork
-from clnp_search.config import Sweep, network_state, parse_sweep
+from clnp_search.config import Sweep, network_state, overridden, parse_sweep
 from clnp_search.errors import InputError
 from clnp_search.listener import Listener
 from clnp_search.records import Point, PointRecord, Summary
@@ -40,7 +40,7 @@ PERMUTED: dict[str, Any] = {"head": {"kind": "single"}, "search": {"learning_rat
 
 
 def sweep_of_method(method: str, sections: dict[str, Any] = PERMUTED, strength: str = "") -> Sweep:
-    return make(**sections).overridden([f"method={method}", *([f"search.strength={strength}"] if strength else [])])
+    return overridden(make(**sections), [f"method={method}", *([f"search.strength={strength}"] if strength else [])])
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import torch
 from builders import make_sweep
 from ruamel.yaml import YAML
 
-from clnp_search.config import AugmentConfig, Sweep, load_sweep, parse_sweep
+from clnp_search.config import AugmentConfig, Sweep, load_sweep, overridden, parse_sweep, planned_with
 from clnp_search.errors import InputError
 from clnp_search.tasks import SCENARIOS
 
@@ -749,21 +749,22 @@ def test_auto_chooses_from_margins_up_to_its_limit() -> None:
     assert more.settings["forgetting.auto_limit"] == 0.12
     for sweep in (default, fixed):
         assert "forgetting.auto_limit" not in sweep.settings  # a run of before there was one goes on
-    assert more.planned_with(default.settings).forgetting == default.forgetting
+    assert planned_with(more, default.settings).forgetting == default.forgetting
 
 
 def test_a_fork_may_draw_points_after_tasks_that_had_a_grid() -> None:
     grid = make_sweep()
-    drawn = grid.overridden(
+    drawn = overridden(
+        grid,
         [
             "search.algorithm=random",
             "search.points=2",
             "search.alpha={low: 1e-6, high: 1e-4}",
             "search.learning_rate=0.01",
-        ]
+        ],
     )
-    assert drawn.planned_with(grid.settings).search == grid.search
-    assert grid.planned_with(drawn.settings).search == drawn.search
+    assert planned_with(drawn, grid.settings).search == grid.search
+    assert planned_with(grid, drawn.settings).search == drawn.search
 
 
 def test_a_single_margin_is_a_run_with_that_margin() -> None:

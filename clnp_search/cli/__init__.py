@@ -218,11 +218,12 @@ def fork(
     """
     from clnp_search.branching import fork as begin
     from clnp_search.branching import points_taken_over
+    from clnp_search.config import overridden
     from clnp_search.search.capacity import local_capacity
     from clnp_search.storage import run_folder
 
     recorded, origin = open_named(run, storage)
-    sweep = recorded.overridden(overrides or [])
+    sweep = overridden(recorded, overrides or [])
     for key in ("storage", "repetitions", "margins"):
         if getattr(sweep, key) != getattr(recorded, key):
             raise InputError(f"--set {key}: a fork is one run, beside the one that it branches off from")

@@ -31,7 +31,7 @@ def reselect(
 ) -> None:
     """Show what a task would have chosen by another margin, theta rule or sparsity. Nothing is trained or changed."""
     from clnp_search.branching import reselect as choose_again
-    from clnp_search.config import sweep_at
+    from clnp_search.config import overridden, sweep_at
 
     sweep, folder = open_named(run, storage)
     require_task(folder, task)
@@ -39,7 +39,7 @@ def reselect(
     assert plan is not None, "the task is committed"
     given = {"margin": margin, "theta": theta, "sparsity": sparsity}
     asked = [f"forgetting.{key}={value}" for key, value in given.items() if value is not None]
-    rules = sweep_at(folder, sweep, plan).overridden(asked, "reselect").forgetting
+    rules = overridden(sweep_at(folder, sweep, plan), asked, "reselect").forgetting
 
     def listen(done: int, total: int) -> None:
         err.print(f"scanning thresholds: {done} of {total} done", highlight=False)
