@@ -816,6 +816,8 @@ def test_a_sweep_with_ranges_is_written_and_read_back_the_same(tmp_path: Path, a
             f"algorithm: random, alpha: {RANGE}, learning_rate: 1, batch: 2",
             "search.batch: 2; allowed with algorithm: op",
         ),
+        ("sampler: gp", "search.sampler: gp; allowed with algorithm: optuna, not with grid"),
+        ("objectives: accuracy", "search.objectives: accuracy; allowed with algorithm: optuna, not with grid"),
         (
             "alpha: {low: 1e-3, high: 1e-6}",
             "search.alpha[0]: {'low': 0.001, 'high': 1e-06}: low: 0.001 is not below high: 1e-06",
@@ -827,6 +829,12 @@ def test_a_sweep_with_ranges_is_written_and_read_back_the_same(tmp_path: Path, a
 )
 def test_a_search_that_cannot_draw_is_refused(tmp_path: Path, search: str, said: str) -> None:
     assert faults(tmp_path, f"{SMALLEST}search: {{{search}}}\n")[1].startswith(said)
+
+
+def test_a_bias_rule_of_a_single_head_is_refused_for_several(tmp_path: Path) -> None:
+    assert faults(tmp_path, f"{SMALLEST}head: {{kind: multi, bias: none}}\n")[1].startswith(
+        "head.bias: none: heads of "
+    )
 
 
 def test_what_the_algorithm_does_not_use_is_no_setting_that_decides(tmp_path: Path) -> None:

@@ -24,6 +24,8 @@ def faults_between_sections(raw: dict[str, Any]) -> Iterator[str]:
 
 def faults_of(sweep: Sweep) -> Iterator[str]:
     """Faults of a sweep whose sections are as they should be."""
+    if sweep.head.kind == "multi" and sweep.head.bias != "frozen":
+        yield f"head.bias: {sweep.head.bias}: heads of their own have biases of their own; allowed with kind: single"
     yield from _grid_faults(sweep)
     yield from _method_faults(sweep)
 
@@ -44,12 +46,17 @@ def _search_faults(search: SearchConfig) -> Iterator[str]:
                 yield f"search.{key}[{index}]: a range; allowed with algorithm: random or optuna"
     if drawn and not search.ranges:
         yield f"search.alpha: no range to draw from; allowed with algorithm: {search.algorithm}: {{low: , high: }}"
-    for key, allowed in (("points", ("random", "optuna")), ("batch", ("optuna",))):
-        if getattr(search, key) is not None and search.algorithm not in allowed:
-            yield (
-                f"search.{key}: {getattr(search, key)}; allowed with algorithm: {' or '.join(allowed)}, "
-                f"not with {search.algorithm}"
-            )
+    optuna = ("optuna",)
+    for key, allowed in {
+        "points": ("random", *optuna),
+        "batch": optuna,
+        "sampler": optuna,
+        "objectives": optuna,
+    }.items():
+        value = getattr(search, key)
+        if value != SearchConfig.model_fields[key].default and search.algorithm not in allowed:
+            shown = ", ".join(value) if isinstance(value, tuple) else value
+            yield f"search.{key}: {shown}; allowed with algorithm: {' or '.join(allowed)}, not with {search.algorithm}"
 
 
 def alpha_faults(index: int, alpha: AlphaValue, layers: Sequence[str]) -> Iterator[str]:
