@@ -8,7 +8,7 @@ channel by channel is the same in both forms; what reads across channels says ho
 To add an op, add a class here: its fields are what a graph's file stores; `shapes` names its parameters, whose first
 dimension is the output unit (and, for those in `MATRICES`, the second the input unit and the last the tap); `plain` is
 its function; `packed` is overridden where a point's channels do not stay among themselves. Everything else (commit,
-digest, scan, estimates, exports) follows from that. For modules to be traced to it, name it in `trace.py`.
+digest, scan, estimates, exports) follows from that. For modules to be traced to it, name it in `calls.py`.
 
 Letters in shapes: B samples, C channels, K points, F free units, A frozen units that a free unit reads, I free ones.
 """
