@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from clnp_search import selection
+from clnp_search.clnp.state import KEEP_ALL
 from clnp_search.config import ForgettingConfig, Sweep, sweep_at
 from clnp_search.errors import Damaged, InputError
 from clnp_search.forecast import Budget
@@ -18,8 +19,6 @@ from clnp_search.records import PointRecord, ScanRecord, Selection, TaskPlan, Un
 from clnp_search.search.points import point_key, retrained, round_plan
 from clnp_search.storage import RunFolder
 from clnp_search.tasks import Task
-
-KEEP_ALL = -1.0  # below every activity
 
 
 def check_sweep(folder: RunFolder, sweep: Sweep) -> None:

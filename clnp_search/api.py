@@ -241,15 +241,19 @@ def load_export(path: str | Path) -> Callable[[Tensor], Tensor]:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file")
-    if path.suffix == ".pt2":
-        return torch.export.load(path).module()
-    if path.suffix == ".onnx":
-        try:
+    try:
+        if path.suffix == ".pt2":
+            network = torch.export.load(path).module()
+            return lambda raw: network(raw.to(torch.float32))
+        if path.suffix == ".onnx":
             import onnxruntime
-        except ImportError as error:
-            raise InputError(f"{path}: needs the package onnxruntime: {error}") from error
-        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        return lambda raw: torch.from_numpy(session.run(None, {"raw": raw.to(torch.float32).numpy()})[0])
+
+            session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+            return lambda raw: torch.from_numpy(session.run(None, {"raw": raw.to(torch.float32).numpy()})[0])
+    except ImportError as error:
+        raise InputError(f"{path}: needs the package onnxruntime: {error}") from error
+    except Exception as error:  # of a file that is damaged, its reader raises many kinds
+        raise InputError(f"{path}: cannot be read: {error}") from error
     raise InputError(
         f"{path}: only .pt2 and .onnx files hold a network that runs; .safetensors hold its tensors alone, "
         "which `safetensors.torch.load_file` reads"

@@ -7,8 +7,10 @@ from what is recorded, and a run that goes on with them shares all tasks before,
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+
+import torch
 
 from clnp_search import selection
 from clnp_search.agreement import recorded_choice
@@ -70,10 +72,11 @@ def reselect(
     own = sweep_at(folder, sweep, plan).forgetting
     made = recorded_choice(folder, plan, own)
     if own.finetune_rounds:
-        if rules != own.model_copy(update={"sparsity": rules.sparsity}):
+        spends_else = own.margin == "auto" and rules.sparsity != own.sparsity
+        if rules != own.model_copy(update={"sparsity": rules.sparsity}) or spends_else:
             raise InputError(
                 f"{folder.uri}: task {task} was fine-tuned: with another margin or threshold rule it would have been "
-                "trained otherwise; only --sparsity can be chosen again, for the rest use `clnp-search fork`"
+                "trained otherwise; only --sparsity can be chosen again, of a fixed margin; else use `clnp-search fork`"
             )
         choice = selection.choose(made.records, made.scans, made.choice.margin, rules.sparsity)
         return Reselected(made.records, made.scans, choice, made.choice, 0)
@@ -99,7 +102,9 @@ def reselect(
     def inputs() -> TaskInputs:  # which needs the data set
         sequence = TaskSequence(sweep)
         state = sequence.start_of(task, folder.read_state(task - 1)) if task else sequence.empty_state()
-        return TaskInputs(sequence.run_inputs(folder), plan, state)
+        device = plan.environment.device if torch.cuda.is_available() else "cpu"
+        here = replace(plan, environment=replace(plan.environment, device=device))
+        return TaskInputs(sequence.run_inputs(folder), here, state)
 
     results = folder.read_results()
     budget = Budget(tuple(results[task].units), results[:task], plan.num_tasks)
@@ -163,6 +168,6 @@ def points_taken_over(folder: RunFolder) -> tuple[int, int]:
     taken = trained = 0
     task = first
     while folder.read_plan(task) is not None:
-        origins = [bool(record.origin) for record in folder.read_points(task)]
+        origins = [bool(record.origin) for record in folder.read_points(task) if not record.round]
         taken, trained, task = taken + sum(origins), trained + len(origins) - sum(origins), task + 1
     return taken, trained

@@ -5,8 +5,10 @@ from __future__ import annotations
 import difflib
 import importlib
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,8 @@ def imported(key: str, path: str, folders: Sequence[Path]) -> Iterator[Any]:
     """The object at an import path, whose module is installed or lies in one of `folders`.
 
     They lead the import path inside the `with` block alone, so that what the object imports when it is called is
-    found there too, and nothing of the program's own imports changes afterwards.
+    found there too, and nothing of the program's own imports changes afterwards. What was read from such folders before
+    is read again where other folders lead now, or a file has changed.
 
     Args:
         key: The setting that holds the path, for messages.
@@ -30,6 +33,8 @@ def imported(key: str, path: str, folders: Sequence[Path]) -> Iterator[Any]:
     """
     module_name, _, name = path.partition(":")
     places = [str(folder.absolute()) for folder in folders]
+    _forget_others(places)
+    before = {*sys.modules}
     sys.path[:0] = places
     try:
         importlib.invalidate_caches()
@@ -42,9 +47,35 @@ def imported(key: str, path: str, folders: Sequence[Path]) -> Iterator[Any]:
             found = getattr(found, part)
         yield found
     finally:
+        _theirs.update({each: _written(each) for each in {*sys.modules} - before if _is_from(each, places)})
         for place in places:
             if place in sys.path:
                 sys.path.remove(place)
+
+
+# Modules that were read from a user's own folders, and when their files were written.
+_theirs: dict[str, int] = {}
+
+
+def _forget_others(places: Sequence[str]) -> None:
+    """Has all of them read again if one would be another module now."""
+    if any(not _is_from(name, places) or _written(name) != written for name, written in _theirs.items()):
+        for name in _theirs:
+            sys.modules.pop(name, None)
+        _theirs.clear()
+
+
+def _is_from(name: str, places: Sequence[str]) -> bool:
+    """Whether a module that was imported is what these folders have under its name."""
+    whole = name.partition(".")[0]
+    spec = PathFinder.find_spec(whole, places) if whole in sys.modules else None
+    return spec is not None and spec.origin is not None and spec.origin == getattr(sys.modules[whole], "__file__", None)
+
+
+def _written(name: str) -> int:
+    """When a module's file was written; 0 if there is none."""
+    file = Path(getattr(sys.modules.get(name), "__file__", None) or "")
+    return file.stat().st_mtime_ns if file.is_file() else 0
 
 
 def _module(key: str, path: str, name: str, places: Sequence[str]) -> Any:
@@ -64,9 +95,7 @@ def _file(found: Any) -> str:
 
 
 def described(error: BaseException) -> str:
-    """An error of a user's code, with the line of it that raised."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    where = f" ({trace.tb_frame.f_code.co_filename}, line {trace.tb_lineno})" if trace else ""
-    return f"{type(error).__name__}: {error}{where}"
+    """An error of a user's code, and the line of it that raised, if it came to that."""
+    last = traceback.extract_tb(error.__traceback__)[-1:]
+    own = [each for each in last if Path(__file__).parent not in Path(each.filename).parents]
+    return f"{type(error).__name__}: {error}" + "".join(f" ({each.filename}, line {each.lineno})" for each in own)

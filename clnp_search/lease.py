@@ -27,7 +27,7 @@ from clnp_search.storage import RunFolder
 
 BEAT_S = 5.0
 SETTLE_S = 0.5
-STILL_S = 30.0
+STILL_S = 30.0  # a lease that was not renewed for as long has no holder any more
 
 logger = logging.getLogger(__name__)
 
@@ -66,17 +66,24 @@ class Lease:
             if holder := self._alive(before):
                 raise self._refusal(holder)
             logger.warning("%s is taken over from %s, which has ended without giving it back", self._name, before)
-        self._folder.write_lease(self._mine)
-        time.sleep(SETTLE_S)
-        now = self._folder.read_lease()
-        if now is not None and now.token != self._mine.token:
-            raise self._refusal(now)
-        self._thread.start()
+        try:
+            self._folder.write_lease(self._mine)
+            time.sleep(SETTLE_S)
+            now = self._folder.read_lease()
+            if now is not None and now.token != self._mine.token:
+                raise self._refusal(now)
+            self._thread.start()
+        except BaseException:  # an interrupt, too
+            self._give_back()
+            raise
         return self
 
     def __exit__(self, *error: object) -> None:
         self._ended.set()
         self._thread.join()
+        self._give_back()
+
+    def _give_back(self) -> None:
         with suppress(OSError, RuntimeError):  # what cannot be given back is taken over
             if (holder := self._folder.read_lease()) and holder.token == self._mine.token:
                 self._folder.delete_lease()

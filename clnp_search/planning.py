@@ -163,6 +163,13 @@ class _Workload:
         """How long the task takes at this pace."""
         return self.steps * (self.step_flop / pace.flop_per_s + pace.step_s) + pace.task_s
 
+    @property
+    def trial_seconds(self) -> float:
+        """How long its recorded trials and scans took, as many at a time as there are slots."""
+        training_s = sum(record.seconds for record in self._folder.read_points(self.index))
+        scans_s = sum(scan.seconds for scan in self._folder.read_scans(self.index))
+        return (training_s + scans_s) / self._capacity.num_slots
+
     def measured_step(self) -> float:
         """Seconds of a step of the largest pack, by training some; nothing is written."""
         needed, present = self.memory.total(self.pack_size), self._capacity.slot_bytes
@@ -194,10 +201,10 @@ def _measured(workload: _Workload) -> Pace:
 def _recorded(result: TaskResult, workload: _Workload) -> Pace | None:
     if not workload.step_flop:
         return None  # no unit was left to train
+    # A task that was cut short, or that a fork took over, took longer than its last session: as long as its trials.
+    seconds = max(result.seconds, workload.trial_seconds)
     flop = workload.steps * workload.step_flop
-    return Pace(
-        flop / result.seconds, 0.0, 0.0, f"at the pace of task {result.index}, which took {result.seconds:.0f} s"
-    )
+    return Pace(flop / seconds, 0.0, 0.0, f"at the pace of task {result.index}, which took {seconds:.0f} s")
 
 
 def _assumed(sequence: TaskSequence) -> Pace | None:

@@ -11,10 +11,9 @@ from typing import Literal
 
 from clnp_search.config import Sweep, sweep_of
 from clnp_search.errors import Damaged, InputError
+from clnp_search.lease import STILL_S
 from clnp_search.records import Holder, RunStatus, Summary, summarise
 from clnp_search.storage import RunFolder, join_uri
-
-STILL_S = 30.0  # a lease that was not renewed for as long has no holder any more
 
 
 @dataclass(frozen=True)

@@ -456,13 +456,17 @@ class Runner:
         keys = tuple(self._sequence.key(state, plan.task, point) for point in points)
         packs = self._packs(points, plan.task, state.architecture, active_units(state))
         plan = replace(plan, points=plan.points + points, keys=plan.keys + keys, packs=plan.packs + packs)
+        self._take_over(plan)
+        self._folder.write_plan(plan)
+        return plan
+
+    def _take_over(self, plan: TaskPlan) -> None:
+        """Of a fork, what its origin has of these points."""
         if fork := self._folder.read_fork():
             try:
                 take_over(self._folder, RunFolder(fork.origin), plan)
             except (InputError, OSError, RuntimeError) as error:
                 logger.warning("task %d: not all points can be taken over: %s", plan.task, error)
-        self._folder.write_plan(plan)
-        return plan
 
     def _search(
         self, plan: TaskPlan, inputs: ObjectRef, state: State
@@ -522,7 +526,9 @@ class Runner:
                 f"task {plan.task}: no candidate stays inside the margin; a larger forgetting.margin would admit one"
             )
         packs = self._packs(passing, plan.task, state.architecture, active_units(state))
-        return round_plan(plan, scans, self._sweep.forgetting, packs)
+        plan = round_plan(plan, scans, self._sweep.forgetting, packs)
+        self._take_over(plan)
+        return plan
 
     def _packs(
         self, points: Sequence[Point], index: int, architecture: Architecture, active: Mapping[str, int]
@@ -676,13 +682,14 @@ def _warn_of_slow_bf16(threads: int) -> None:
 
 
 def take_over(folder: RunFolder, origin: RunFolder, plan: TaskPlan) -> None:
-    """Copies what another run has trained and scanned of a task's points, where their keys are the same."""
-    theirs = origin.read_plan(plan.task)
-    places = {} if theirs is None else dict(zip(theirs.keys, theirs.points, strict=True))
-    scans = [scan for scan in origin.read_scans(plan.task) if scan.round == 0] if places else []
-    for point, key in zip(plan.points, plan.keys, strict=True):
-        record = origin.read_point(plan.task, places[key].name) if key in places else None
-        if record is None or record.status != "done" or folder.read_point(plan.task, point.name) is not None:
+    """Copies what another run has trained and scanned of a task's points, or of a fine-tune round's, where their keys
+    are the same.
+    """
+    theirs = {record.key: record for record in origin.read_points(plan.task) if record.status == "done"}
+    scans = [scan for scan in origin.read_scans(plan.task) if scan.round == plan.round] if theirs else []
+    for point in plan.trained:
+        record = theirs.get(plan.keys[point.index])
+        if record is None or folder.read_point(plan.task, point.name_in(plan.round)) is not None:
             continue
         trained = origin.read_trained(plan.task, record)
         for scan in scans:

@@ -52,6 +52,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 VERSION = metadata.version("clnp-search")
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
+NAMES = "up to 100 letters, digits, '.', '_' and '-', starting with one of the first two"
 SHA256_BYTES = hashlib.sha256().digest_size
 # Far above what is written, and little enough to be parsed in any memory.
 MAX_SWEEP_BYTES = 256 << 10
@@ -554,9 +555,7 @@ def require_name(name: str) -> None:
         InputError: It has characters that could lead out of the storage.
     """
     if not re.fullmatch(NAME_PATTERN, name):
-        raise InputError(
-            f"name {name!r}: allowed are letters, digits, '.', '_' and '-', starting with one of the first two"
-        )
+        raise InputError(f"name {name!r}: allowed: {NAMES}")
 
 
 def run_folder(storage: str, name: str) -> RunFolder:

@@ -47,10 +47,9 @@ class InProcess:
     def train(
         self, program: Any, shared: RunInputs, ray_folder: Any, retries: int, listen: Callable[[PackProgress], None]
     ) -> Any:
-        failed: dict[int, str] | None = None
         while True:
             try:
-                packs = next(program) if failed is None else program.send(failed)
+                packs = next(program)
             except StopIteration as end:
                 return end.value
             inputs = TaskInputs(shared, *packs.inputs)
@@ -58,7 +57,6 @@ class InProcess:
             for pack in packs.indices:
                 for _ in run_pack(inputs, [plan.points[index] for index in plan.packs[pack]]):
                     pass
-            failed = {}
 
     def scan(
         self,

@@ -129,6 +129,16 @@ def test_an_export_that_holds_no_program_is_refused(tmp_path: Path) -> None:
         clnp_search.load_export(tmp_path / "absent.pt2")
 
 
+@pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
+def test_an_export_that_is_damaged_is_refused(tmp_path: Path, suffix: str) -> None:
+    if suffix == ".onnx":
+        pytest.importorskip("onnxruntime")
+    path = tmp_path / f"task{suffix}"
+    path.write_bytes(b"damaged")
+    with pytest.raises(clnp_search.InputError, match=f"{path.name}: cannot be read: "):
+        clnp_search.load_export(path)
+
+
 def test_a_sweep_that_cannot_be_run_is_refused_before_anything_starts(tmp_path: Path, folder: RunFolder) -> None:
     with pytest.raises(clnp_search.InputError, match="network: missing"):
         clnp_search.run({"scenario": {"name": "permuted_digits"}}, storage=str(tmp_path / "new"))

@@ -14,7 +14,7 @@ from in_process import SWEEP, make, run_in_process
 
 from clnp_search.agreement import check_sweep
 from clnp_search.api import load
-from clnp_search.branching import reselect
+from clnp_search.branching import fork, points_taken_over, reselect
 from clnp_search.clnp.subnetwork import Subnetwork
 from clnp_search.config import Sweep, network_state, overridden, parse_sweep
 from clnp_search.errors import InputError
@@ -78,6 +78,19 @@ def test_a_finished_run_passes_all_its_checks(method: str, split: Callable[[str]
     assert summary.status == "complete"
     assert summary.forward_transfer is None  # a head of its own is not there before its task
     assert [len(task.test_accuracies) for task in summary.tasks] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_fork_with_the_same_settings_takes_over_all_points(
+    method: str, split: Callable[[str], tuple[RunFolder, Summary]], tmp_path: Path
+) -> None:
+    origin, summary = split(method)
+    sweep, forked = sweep_of_method(method, SPLIT), run_folder(str(tmp_path), "forked")
+    fork(origin, sweep, 0, forked)
+    assert run_in_process(sweep, forked).state_digest == summary.state_digest
+    taken, trained = points_taken_over(forked)
+    assert taken > 0 == trained
+    assert [check for check in verify(forked) if not check.passed] == []
 
 
 @pytest.mark.parametrize("method", ["finetune", "single_task"])

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+import torch
 from in_process import SWEEP, make, run_in_process
 
 from clnp_search.branching import fork, points_taken_over, reselect
@@ -94,6 +95,24 @@ def test_after_fine_tuning_the_measure_alone_can_be_chosen_again(new: RunFolder)
         reselect(new, sweep, 0, sweep.forgetting.model_copy(update={"margin": 0.2}))
 
 
+def test_after_fine_tuning_at_a_margin_that_the_measure_chose_nothing_can_be_chosen_again(new: RunFolder) -> None:
+    sweep = make(scenario={"tasks": 1}, forgetting={"margin": "auto", "finetune_rounds": 1, "finetune_epochs": 1})
+    run_in_process(sweep, new)
+    found = reselect(new, sweep, 0, sweep.forgetting)
+    assert replace(found.choice, reasons=found.recorded.reasons) == found.recorded
+    with pytest.raises(InputError, match="of a fixed margin"):
+        reselect(new, sweep, 0, sweep.forgetting.model_copy(update={"sparsity": "weights"}))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_run_of_a_machine_with_a_gpu_is_chosen_again_without_one(copy: RunFolder) -> None:
+    plan = copy.read_plan(1)
+    assert plan is not None
+    copy.write_plan(replace(plan, environment=replace(plan.environment, device="cuda")))
+    rules = make(forgetting={"margin": "20%"}).forgetting
+    assert reselect(copy, SWEEP, 1, rules).evaluated > 0
+
+
 # Branching off
 
 
@@ -124,6 +143,18 @@ def test_a_fork_shares_its_first_tasks_to_the_byte(copy: RunFolder, new: RunFold
         assert mine == theirs
         assert mine
     assert len(new.read_results()) == after_task + 1
+
+
+def test_a_fork_takes_over_fine_tune_rounds_too(new: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    rounds = make(forgetting={"margin": "10%", "finetune_rounds": 2, "finetune_epochs": 1})
+    undisturbed = run_in_process(rounds, new)
+    newest = run_folder(new.storage, "newest")
+    fork(new, rounds, -1, newest)
+    monkeypatch.setattr(trial, "Training", None)
+    monkeypatch.setattr(trial, "scan", None)
+    assert run_in_process(rounds, newest).state_digest == undisturbed.state_digest
+    assert points_taken_over(newest) == (4, 0)
+    assert all(check.passed for check in verify(newest))
 
 
 def test_an_overlapping_grid_trains_only_its_new_points(copy: RunFolder, new: RunFolder) -> None:

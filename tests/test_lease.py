@@ -68,6 +68,17 @@ def test_a_lease_is_given_back(folder: RunFolder) -> None:
     assert folder.read_lease() is None
 
 
+def test_an_interrupt_while_it_is_taken_leaves_no_lease(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(seconds: float) -> None:
+        assert folder.read_lease() is not None
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lease.time, "sleep", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Lease(folder, unexpected).__enter__()
+    assert folder.read_lease() is None
+
+
 def test_a_second_process_is_refused_and_told_who_drives(folder: RunFolder) -> None:
     with driver(folder) as process:
         holder = holder_of(folder)

@@ -172,11 +172,18 @@ def run(
         run_seeds(sweep, family, address, at_once)
     else:
         first: dict[int, RunFolder] = {}
+        failed = []
         for member, folder in runs:
             origin = first.setdefault(member.seed, folder)
             if origin is not folder and not folder.exists("sweep.yaml"):
                 begin(origin, member, -1, folder)  # so that it takes over what is the same
-            drive(member, folder, address)
+            try:
+                drive(member, folder, address)
+            except MachineFault as fault:  # which another margin may not meet
+                err.print(f"{folder.name}: {fault}", style="red", markup=False, highlight=False)
+                failed.append(folder.name)
+        if failed:
+            raise MachineFault(f"{', '.join(failed)} ended early, as said above. The same command tries them again.")
     _log_spread(sweep, family, print_family([folder for _, folder in runs], as_json))
 
 

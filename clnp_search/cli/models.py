@@ -111,9 +111,10 @@ def export(
         print_json(document)
     else:
         shape = " x ".join(str(size) for size in network.info.input_shape)
-        out.print(
-            f"{out_file}: task {task}, {len(data)} bytes; takes raw float32 samples (batch x {shape}), gives logits"
-        )
+        about = f"takes raw float32 samples (batch x {shape}), gives logits"
+        if suffix == ".safetensors":
+            about = "its tensors alone; .onnx and .pt2 hold a network that runs"
+        out.print(f"{out_file}: task {task}, {len(data)} bytes; {about}")
 
 
 def register(

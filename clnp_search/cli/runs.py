@@ -71,8 +71,9 @@ def _show_status(folder: RunFolder, as_json: bool) -> str:
         for sentence in in_words(summary.tasks, num_tasks) if progress.sweep.method == "clnp" else ():
             out.print(f"[yellow]{sentence}[/]", highlight=False)
     colour = COLOURS[progress.status]
-    committed = f"{len(summary.tasks)} of {num_tasks}" if num_tasks else f"{len(summary.tasks)}"
-    out.print(f"[{colour}]{progress.status}[/]: {committed} task{'' if (num_tasks or 1) == 1 else 's'} committed")
+    done = len(summary.tasks)
+    committed = f"{done} of {count(num_tasks, 'task')}" if num_tasks else count(done, "task")
+    out.print(f"[{colour}]{progress.status}[/]: {committed} committed")
     if summary.reason and progress.status == "failed":
         out.print(summary.reason, style="red", markup=False, highlight=False)
     if progress.points:

@@ -63,9 +63,9 @@ class LiveView(Listener):
         if self._console.is_terminal:
             self._live.start()
         done = f", {self._tasks_done} done" if self._tasks_done else ""
-        self._line(
-            f"{self._name}: {count(self._num_tasks, 'task')} of {self._sweep.scenario.name}{done}; {self._stage}"
-        )
+        scenario = self._sweep.scenario
+        tasks = count(scenario.tasks, "task") if scenario.tasks else "tasks"  # of a user's own, its data say how many
+        self._line(f"{self._name}: {tasks} of {scenario.name}{done}; {self._stage}")
         return self
 
     def __exit__(
@@ -99,8 +99,11 @@ class LiveView(Listener):
             self._line("; ".join(filter(None, (f"{self._task()}: {self._trained()}", self._best(), self._left()))))
 
     def points_finished(self, records: Sequence[PointRecord]) -> None:
-        """Shows that the threshold scans begin."""
-        self._records, self._stage = {record.point.index: record for record in records}, "scanning thresholds"
+        """Shows that the threshold scans begin, if there are any: what was retrained last is committed as it is."""
+        assert self._plan is not None, "a task is planned first"
+        scans = self._grows and (not self._plan.round or self._plan.round < self._sweep.forgetting.finetune_rounds)
+        self._records = {record.point.index: record for record in records}
+        self._stage = "scanning thresholds" if scans else "choosing"
         for record in records:
             if record.status == "failed":
                 self._line(f"{self._task()}: {record.point.name} failed: {record.reason}", "✗", "red")

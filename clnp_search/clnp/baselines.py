@@ -17,9 +17,8 @@ from torch import Tensor
 from clnp_search.clnp.graph import CLASSES, INPUT, Graph, Node, compute
 from clnp_search.clnp.ops import Linear
 from clnp_search.clnp.pack import Pack, Regulariser, evaluation_batch, free_part
-from clnp_search.clnp.state import FREE, FreeParameters, Parameters, State, TaskInfo, commit, flat, nested
+from clnp_search.clnp.state import FREE, KEEP_ALL, FreeParameters, Parameters, State, TaskInfo, commit, flat, nested
 
-KEEP_ALL = -1.0  # below every activity
 DAMPING = 0.1  # of SI, "xi" there; the paper's for permuted MNIST
 FISHER_CHUNK = 64  # samples whose gradients of one layer are held at a time
 
@@ -296,7 +295,7 @@ class Held(Regulariser):
 
     def __init__(self, pack: Pack, state: State, shares: Sequence[float]) -> None:
         owner, first = _parts(state, state.memory.get("owner", {}), pack), not state.tasks
-        self._shares, self._layers = list(shares), list[list[tuple[int, slice]]]()
+        self._shares = list(shares)
         self._tensors, self._held, self._fixed = list[Tensor](), list[Tensor](), list[Tensor]()
         layers: dict[tuple[str, int], list[tuple[int, slice]]] = {}
         for name, points, tensor in pack.trainable():

@@ -277,7 +277,7 @@ def _activation(call: Call) -> Step:
     )
 
 
-@_traces("clamp")
+@_traces("clamp clampmin")
 def _clamp(call: Call) -> Step:
     low, high = call.settings(min=None, max=None)
     if isinstance(low, int | float) and isinstance(high, int | float):

@@ -120,10 +120,11 @@ class Graph:
     def observed(self) -> dict[str, tuple[str, ...]]:
         """At which nodes each group's activity is seen: the outputs of its activations, before any pooling.
 
-        A factor of a product is seen as part of the product (a gate says nothing by itself). A group without an
-        activation is seen as it is read.
+        A factor of a product is seen as part of the product (a gate says nothing by itself), unless a layer, a sum or a
+        concatenation reads it as well. A group without an activation is seen as it is read.
         """
         factors: set[str] = set()
+        elsewhere = {name for node in self.nodes if isinstance(node.op, Reader | Add | Concat) for name in node.inputs}
         for node in reversed(self.nodes):  # a factor may have changed its shape after its activation
             is_passed_on = node.name in factors and not _is_activation(node) and not node.op.shapes(1, 1, 1)
             if isinstance(node.op, Multiply) or (is_passed_on and len(node.inputs) == 1):
@@ -131,7 +132,7 @@ class Graph:
         active = [
             node
             for node in self.nodes
-            if isinstance(node.op, Multiply) or (_is_activation(node) and node.name not in factors)
+            if isinstance(node.op, Multiply) or (_is_activation(node) and node.name not in factors - elsewhere)
         ]
         read = [self.source(node) for node in self.nodes if isinstance(node.op, Reader)]
         return {

@@ -58,12 +58,10 @@ class Op:
     Class attributes:
         MATRICES: Parameters that read across units, [out unit, in unit, tap].
         STATISTICS: Parameters that no gradient moves.
-        ELEMENTWISE: Whether every value depends on one value alone, so that flattening before or after is the same.
     """
 
     MATRICES: ClassVar[tuple[str, ...]] = ()
     STATISTICS: ClassVar[tuple[str, ...]] = ()
-    ELEMENTWISE: ClassVar[bool] = False
 
     def shapes(self, rows: int, columns: int, taps: int) -> dict[str, tuple[int, ...]]:
         """Shapes of the parameters for `rows` output units that read `columns` input units of `taps` values each."""
@@ -156,7 +154,7 @@ class _Dense(torch.autograd.Function):
         weight, like = weight_shared.flatten(2), {"dtype": dtype, "device": weight_shared.device}
         first = torch.zeros(points * rows, 1, **like) if bias is None else bias.reshape(-1, 1).to(dtype)
         if shared is None or not weight.shape[2]:
-            out = first.expand(-1, batch).contiguous()
+            out = first.repeat(1, batch)  # a copy, also of one sample: it is written over
         else:
             out = torch.addmm(first, weight.flatten(0, 1).to(dtype), shared.T)
         if own is not None and own.shape[1]:
@@ -283,7 +281,6 @@ class BatchNorm(Channelwise):
 class Activation(Op):
     """An elementwise function of `torch.nn.functional`, a key of `ACTIVATIONS`, with its arguments."""
 
-    ELEMENTWISE: ClassVar[bool] = True
     function: str = "relu"
     arguments: tuple[tuple[str, float | str], ...] = ()
 
@@ -321,7 +318,6 @@ class PRelu(Channelwise):
 class Affine(Op):
     """A constant factor and a constant summand, as in hand-written activations."""
 
-    ELEMENTWISE: ClassVar[bool] = True
     factor: float = 1.0
     summand: float = 0.0
 
@@ -395,10 +391,6 @@ class Dropout(Op):
     share: float = 0.5
     unit: str = "value"  # value | channel | sample
 
-    @property
-    def ELEMENTWISE(self) -> bool:  # type: ignore[override]  # noqa: N802 - as the class attribute that it stands for
-        return self.unit == "value"
-
     def plain(self, inputs: Sequence[Tensor], tensors: Tensors, training: bool = False) -> Tensor:
         (value,) = inputs
         return value * self._mask(value) if training and self.share else value
@@ -429,8 +421,6 @@ class Dropout(Op):
 @dataclass(frozen=True)
 class Identity(Op):
     """The value as it is."""
-
-    ELEMENTWISE: ClassVar[bool] = True
 
     def plain(self, inputs: Sequence[Tensor], tensors: Tensors, training: bool = False) -> Tensor:
         return inputs[0]

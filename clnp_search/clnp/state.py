@@ -22,6 +22,7 @@ from torch import Tensor
 from clnp_search.clnp.graph import CLASSES, INPUT, Graph, Node
 from clnp_search.clnp.ops import Reader
 
+KEEP_ALL = -1.0  # as a threshold: below every activity
 FREE = 2**31 - 1  # later than any task: a unit is active for a task if it was born at or before it
 FORMAT = "clnp-state-2"
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import traceback
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from operator import attrgetter
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.func import functional_call
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
@@ -54,16 +55,40 @@ class Traced:
     graph: Graph
     sources: dict[str, dict[str, str]]
 
-    def tensors(self, module: nn.Module) -> dict[str, dict[str, Tensor]]:
-        """Copies of all parameters and statistics of such a module in the graph's layout, its own head's included."""
+    def tensors(self, module: nn.Module, others: Mapping[str, Tensor] | None = None) -> dict[str, dict[str, Tensor]]:
+        """Copies of all parameters and statistics of such a module in the graph's layout, its own head's included.
+
+        Args:
+            others: Parameters in place of the module's own, by their dotted names.
+        """
         found = {}
         for name, sources in self.sources.items():
             shapes = self.graph.shapes(self.graph.by_name[name], classes=1)
+            own = {key: (others or {}).get(source, attrgetter(source)(module)) for key, source in sources.items()}
             found[name] = {
-                parameter: attrgetter(source)(module).detach().float().reshape(-1, *shapes[parameter][1:]).clone()
-                for parameter, source in sources.items()
+                key: tensor.detach().float().reshape(-1, *shapes[key][1:]).clone() for key, tensor in own.items()
             }
         return found
+
+    def require_alike(self, module: nn.Module, example: Tensor) -> None:
+        """Nothing, if the graph computes what the module does: with its own parameters, and with random ones, because
+        zeros hide what they multiply.
+
+        Raises:
+            NetworkRefused: It does not.
+        """
+        random = torch.Generator().manual_seed(0)
+        drawn = {
+            name: (torch.randn(own.shape, generator=random) / (own.numel() / max(1, len(own))) ** 0.5).to(own)
+            for name, own in module.named_parameters()
+            if own.ndim and own.numel()
+        }
+        for others in ({}, drawn):
+            output = functional_call(module, others, (example.clone(),))
+            ours = run(self.graph, {INPUT: example}, self.tensors(module, others))[self.graph.nodes[-1].name]
+            if not torch.allclose(ours, output, rtol=1e-3, atol=1e-3 * float(output.abs().max()), equal_nan=True):
+                reason = "computes something else than its layers one after another, as changes in place can do"
+                raise NetworkRefused([Refused(type(module).__name__, reason)])
 
     def require_trained(self, module: nn.Module, output: Tensor) -> None:
         """Nothing, if gradients of the module's own output reach all of these parameters.
@@ -120,12 +145,9 @@ def trace(module: nn.Module, input_shape: tuple[int, ...]) -> Traced:
             walk = _Walk(module, tracer)
             walk.logits(example.clone())  # what it reads may be changed in place
             traced = walk.build(input_shape)
-            ours = run(traced.graph, {INPUT: example}, traced.tensors(module))[traced.graph.nodes[-1].name]
+            traced.require_alike(module, example)
         with torch.enable_grad():
             output = module(example.clone())
-    if not torch.allclose(ours, output, rtol=1e-3, atol=1e-3 * float(output.detach().abs().max()), equal_nan=True):
-        reason = "computes something else than its layers one after another, as changes in place can do"
-        raise NetworkRefused([Refused(type(module).__name__, reason)])
     traced.require_trained(module, output)
     return traced
 
@@ -163,7 +185,8 @@ class _Tracer(fx.Tracer):
         except Exception as error:  # a user's forward may raise anything
             self.module_stack = stack
             path = self.path_of_module(m)
-            self.failed[path] = f"cannot be followed, as where control flow depends on data: {_described(error)}"
+            why = "cannot be followed, as where control flow depends on data or on shapes (torch._assert checks them)"
+            self.failed[path] = f"{why}: {_described(error)}"
             return self.create_proxy("call_module", path, args, kwargs)
 
 
@@ -296,13 +319,14 @@ class _Walk(fx.Interpreter):
             raise NoNode("computes its parameters from others (torch.nn.utils.parametrize)")
         if module._forward_hooks or module._forward_pre_hooks:
             raise NoNode("has hooks, which can change what it computes")
-        for name, parameter in module.named_parameters():
-            owner = self._owners.get(id(parameter))
+        tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        for name, tensor in tensors.items():
+            owner = self._owners.get(id(tensor))
             if owner == path:
                 raise NoNode("is called twice: its units would be frozen in one place and free in another")
             if owner is not None:
                 raise NoNode(f"shares its {name} with {owner}")
-        self._owners.update(dict.fromkeys(map(id, module.parameters()), path))
+        self._owners.update(dict.fromkeys(map(id, tensors.values()), path))
 
     def _append(self, step: Step) -> Step:
         """Keeps a step under a name of its own."""

@@ -10,16 +10,19 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from clnp_search.config.faults import faults_between_sections, faults_of
-from clnp_search.config.sections import NETWORKS
+from clnp_search.config.sections import NETWORKS, STRENGTHS
 from clnp_search.config.sweep import UNRECORDED, Sweep
 from clnp_search.config.text import apply_override, parse_yaml, plain_data
 from clnp_search.errors import InputError
-from clnp_search.storage import MAX_SWEEP_BYTES, VERSION, RunFolder, join_uri
+from clnp_search.importing import IMPORT_PATH
+from clnp_search.storage import MAX_SWEEP_BYTES, NAME_PATTERN, NAMES, VERSION, RunFolder, join_uri
 
 if TYPE_CHECKING:
     from clnp_search.clnp.state import State
     from clnp_search.records import TaskPlan
 
+# What texts of a pattern are, in words.
+PATTERNS = {NAME_PATTERN: NAMES, f"^{IMPORT_PATH}$": "package.module:name"}
 # What a fork may change: what was decided before its first own task stays as it was.
 FORKED_SECTIONS = ("training", "search", "forgetting")
 
@@ -61,7 +64,7 @@ def parse_sweep(raw: dict[str, Any], source: str) -> Sweep:
     except ValidationError as error:
         details = error.errors()
         # A list whose items are all faulty counts as empty too; its items say more.
-        lists = {detail["loc"][:-1] for detail in details}
+        lists = {detail["loc"][:end] for detail in details for end in range(len(detail["loc"]))}
         faults.extend(
             _explain(detail) for detail in details if detail["type"] != "too_short" or detail["loc"] not in lists
         )
@@ -110,7 +113,8 @@ def planned_with(sweep: Sweep, settings: Mapping[str, Any]) -> Sweep:
         raw[section] |= values
     for key, value in settings.items():
         section, _, name = key.partition(".")
-        if section in FORKED_SECTIONS:
+        # Of a method that has no strength, a zero is recorded.
+        if section in FORKED_SECTIONS and (name != "strength" or sweep.method in STRENGTHS):
             raw[section][name] = value
     return parse_sweep(raw, "a task's recorded settings")
 
@@ -159,6 +163,8 @@ def _explain(detail: Any) -> str:
         message = f"allowed: a section, with some of {', '.join(_keys_at(detail['loc']))}"
     elif detail["type"] == "tuple_type":
         message = "allowed: a list"
+    elif detail["type"] == "string_pattern_mismatch":
+        message = f"allowed: {PATTERNS[detail['ctx']['pattern']]}"
     elif detail["type"] == "too_short":
         message = f"allowed: a list of {detail['ctx']['min_length']} or more"
     return f"{key}: {detail['input']!r:.80}: {message[:1].lower() + message[1:]}"

@@ -28,7 +28,7 @@ PROCESS_BYTES = 680 << 20
 TRIAL_FLOP = 30e9
 # Raised with every change of the code after which the same settings give other bits: points of before and after
 # have other keys, and are never mixed.
-NUMERICS = 5
+NUMERICS = 6
 
 
 def point_key(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,7 +24,7 @@ class OwnTask(Protocol):
 
     - inputs: uint8 raw values 0 to 255, of equal sample shape in all tasks: images [N, C, H, W], grey images
       [N, H, W], or flat samples [N, values];
-    - labels: integers [N], 0 to `num_classes` - 1 within the task, each in training and test.
+    - labels: integers [N], 0 to `num_classes` - 1 within the task; those of the test are in training too.
     """
 
     name: str
@@ -51,14 +52,13 @@ def load_own(
     key = f"scenario.name: {path!r}"
     with imported("scenario.name", path, modules) as function:
         try:
-            given: list[OwnTask] = list(function(**arguments))
+            given: list[OwnTask] = list(islice(function(**arguments), tasks))
         except Exception as error:  # a user's function may raise anything
             raise InputError(f"{key}: calling it raised {described(error)}") from error
     if not given:
         raise InputError(f"{key}: it gave no task")
     if tasks is not None and tasks > len(given):
         raise InputError(f"scenario.tasks: {tasks}; {path} gives {len(given)}")
-    given = given[:tasks]
     require((fault for index, task in enumerate(given) for fault in _faults(index, task, given[0])), path)
     raw = tuple(
         RawData(
@@ -109,4 +109,4 @@ def _faults(index: int, task: OwnTask, first: OwnTask) -> Iterator[str]:
             yield f"{where}: {len(labels)} {split}_labels for {len(inputs)} {split}_inputs"
     classes, most = task.num_classes, arrays["train_labels"].size
     if isinstance(classes, bool) or not isinstance(classes, int | np.integer) or not 1 <= classes <= most:
-        yield f"{where}: num_classes is {classes!r:.80}; allowed: 1 to {most}, for each class has training samples"
+        yield f"{where}: num_classes is {classes!r:.80}; allowed: 1 to {most}, the number of training samples"

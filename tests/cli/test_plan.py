@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 from builders import make_sweep, write_run
@@ -70,6 +72,17 @@ def test_beside_a_task_that_is_done_its_own_time_is_the_pace(cli: Cli) -> None:
     assert (plan["tasks_done"], plan["seconds_done"]) == (1, 60.0)
     assert plan["seconds_from"] == "at the pace of task 0, which took 60 s"
     assert 0 < plan["seconds_left"] < 60  # units are frozen by now
+
+
+def test_a_task_that_took_its_trials_longer_than_its_last_session_sets_the_pace_by_them(cli: Cli) -> None:
+    begun(cli, 1)
+    folder = RunFolder(str(cli.folder / "runs" / "sweep"))
+    for record in folder.read_points(0):
+        folder.write_point(0, replace(record, seconds=1000.0), None)
+    all_cores = len(os.sched_getaffinity(0))
+    plan = cli.json("plan", "sweep.yaml", "--set", f"resources.cpu={all_cores}")
+    seconds = 1000 * len(folder.read_points(0)) + sum(scan.seconds for scan in folder.read_scans(0))
+    assert plan["seconds_from"] == f"at the pace of task 0, which took {seconds:.0f} s"
 
 
 def test_a_finished_run_has_nothing_left(cli: Cli) -> None:

@@ -43,7 +43,7 @@ def test_a_command_line_that_cannot_be_read_is_refused_in_a_sentence(
 @pytest.mark.parametrize("command", [["run"], ["plan"], ["submit", "--address", "http://127.0.0.1:1"]], ids="-".join)
 def test_a_name_that_no_run_may_have_is_refused(cli: Cli, command: list[str], name: str) -> None:
     answer = cli(*command, "sweep.yaml", "--name", name, status=2)
-    assert answer.stderr.startswith(f"name {name!r}: allowed are letters")
+    assert answer.stderr.startswith(f"name {name!r}: allowed: up to 100 letters")
 
 
 @pytest.mark.parametrize("option", ["--storage", "--tracking-uri"])

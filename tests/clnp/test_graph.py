@@ -11,7 +11,19 @@ import torch
 from builders import GRAPHS, make_samples, make_state
 
 from clnp_search.clnp.graph import INPUT, Builder, Graph, conv, mlp, run, zenke
-from clnp_search.clnp.ops import Activation, Add, Concat, Conv, Depthwise, Flatten, Linear, MaxPool, Multiply
+from clnp_search.clnp.ops import (
+    Activation,
+    Add,
+    Affine,
+    Concat,
+    Conv,
+    Depthwise,
+    Flatten,
+    Linear,
+    MaxPool,
+    MeanPositions,
+    Multiply,
+)
 from clnp_search.clnp.state import Architecture
 
 
@@ -37,6 +49,16 @@ def test_activity_is_seen_after_activations_and_a_factor_only_in_its_product() -
         "squeeze": ("squeeze.relu",),
         "last": ("last.relu",),
     }
+
+
+def test_a_factor_that_is_read_beside_its_product_is_seen_too() -> None:
+    build = Builder((3, 4, 4))
+    seen = build.add("seen", Activation(), build.layer("one", Conv(), INPUT, 4))
+    gate = build.add("gate", Activation("sigmoid"), build.add("scale", Affine(2.0), seen))
+    gated = build.add("gated", Multiply(), seen, gate)
+    flat = build.add("mean", MeanPositions(), build.add("sum", Add(), seen, gated))
+    build.layer("head", Linear(), flat, 0, head=True)
+    assert build.build().observed == {"one": ("seen", "gated")}
 
 
 def test_a_group_without_an_activation_is_seen_as_it_is_read() -> None:

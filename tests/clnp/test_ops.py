@@ -10,7 +10,7 @@ from builders import OPS_USED, each_point, make_pack, make_samples, make_state, 
 from torch import Tensor, nn
 from torch.nn import functional
 
-from clnp_search.clnp.graph import INPUT, Builder, Graph
+from clnp_search.clnp.graph import INPUT, Builder, Graph, mlp
 from clnp_search.clnp.ops import (
     OPS,
     Activation,
@@ -152,6 +152,17 @@ def test_a_sum_overwrites_what_nothing_else_reads(inputs: tuple[str, ...], overw
 
 def test_a_value_that_two_nodes_read_is_not_overwritten() -> None:
     assert _joined("first", "norm").in_place == {"sum": 1}
+
+
+def test_a_batch_of_one_sample_leaves_the_parameters_as_they_are() -> None:
+    graph = mlp(64, (6, 5))
+    pack = make_pack(State.empty(Architecture(graph)), 3)
+    _move_apart(pack)
+    inputs, _ = make_samples(9, graph.input_shape)
+    whole, before = _logits(pack, inputs), [tensor.clone() for point in each_point(pack) for tensor in point]
+    alone = [_logits(pack, inputs[sample : sample + 1]) for sample in range(9)]
+    torch.testing.assert_close(torch.cat(alone, dim=2), whole)
+    assert all(map(torch.equal, before, [tensor for point in each_point(pack) for tensor in point]))
 
 
 def test_a_layer_that_reads_no_unit_trains_its_bias() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -258,15 +259,20 @@ def test_numpys_names_of_arguments_are_known() -> None:
 # Refused
 
 
-def test_a_value_that_is_changed_in_place_after_it_was_kept_is_refused() -> None:
+@pytest.mark.parametrize("hidden", ["", "other", "head"])
+def test_a_value_that_is_changed_in_place_after_it_was_kept_is_refused_also_where_zeros_hide_it(hidden: str) -> None:
     def forward(net: Any, x: Tensor) -> Any:
         x = net.layer(x)
         kept = x
         x += net.other(x)
         return net.head(x.relu() + kept)
 
-    layers = {"layer": nn.Linear(6, 4), "other": nn.Linear(4, 4), "head": nn.Linear(4, 3)}
-    assert "computes something else" in reason(randomised(Forward(forward, **layers)), (6,))[1]
+    network = randomised(Forward(forward, layer=nn.Linear(6, 4), other=nn.Linear(4, 4), head=nn.Linear(4, 3)))
+    for parameter in network.get_submodule(hidden).parameters() if hidden else ():
+        nn.init.zeros_(parameter)
+    before = copy.deepcopy(network.state_dict())
+    assert "computes something else" in reason(network, (6,))[1]
+    torch.testing.assert_close(network.state_dict(), before, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("how", ["requires_grad", "no_grad"])
@@ -373,6 +379,16 @@ def test_every_reason_is_given_at_once_and_what_follows_from_one_is_none() -> No
 def test_control_flow_is_named_with_its_line() -> None:
     _, text = reason(around(lambda net, x: x if x.sum() > 0 else -x))
     assert "test_trace.py, line" in text
+
+
+def test_statistics_that_are_used_twice_are_refused() -> None:
+    def forward(net: Any, x: Tensor) -> Any:
+        x = net.normal(net.first(x))
+        return net.head(net.normal(net.second(x.relu())).relu().mean((2, 3)))
+
+    layers = {"first": nn.Conv2d(3, 4, 3), "second": nn.Conv2d(4, 4, 3), "head": nn.Linear(4, 2)}
+    place, why = reason(Forward(forward, normal=nn.BatchNorm2d(4, affine=False), **layers))
+    assert (place, "is called twice" in why) == ("normal", True)
 
 
 def test_a_layer_that_is_called_twice_is_refused() -> None:

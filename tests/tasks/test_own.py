@@ -37,6 +37,28 @@ def load(tmp_path: Path, request: pytest.FixtureRequest) -> Load:
     return loaded
 
 
+def test_a_module_that_was_edited_or_lies_in_another_folder_is_read_again(tmp_path: Path) -> None:
+    def groups_in(folder: str, units: int) -> dict[str, int]:
+        place = tmp_path / folder
+        place.mkdir(exist_ok=True)
+        (place / "unit_counts.py").write_text(f"units = {units}")
+        (place / "own_network.py").write_text(NETWORK)
+        sweep = place / "sweep.yaml"
+        sweep.write_text("scenario: {name: permuted_digits}\nnetwork: {module: 'own_network:make'}")
+        return load_sweep(sweep).graph((64,)).groups
+
+    assert [groups_in("one", 4), groups_in("two", 7), groups_in("two", 11), groups_in("one", 4)] == [
+        {"0": units} for units in (4, 7, 11, 4)
+    ]
+
+
+NETWORK = """
+from torch.nn import Linear, Sequential
+from unit_counts import units
+
+def make():
+    return Sequential(Linear(64, units), Linear(units, 2))
+"""
 MODULE = """
 from dataclasses import dataclass
 import numpy as np
