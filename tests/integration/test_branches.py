@@ -42,6 +42,22 @@ def test_several_margins_train_the_first_grid_once(cli: Cli) -> None:
     assert cli.json("verify", "family-m20")["verified"]
 
 
+def test_a_margin_that_leaves_no_candidate_keeps_no_other_from_its_end(cli: Cli) -> None:
+    rounds = "{finetune_rounds: 1, finetune_epochs: 1, finetune_l1: 1000}"
+    changes = (
+        "--set",
+        f"forgetting={rounds}",
+        "--set",
+        "margins=[0, 40%]",
+        "--set",
+        "search={alpha: 1e-4, learning_rate: 0.01}",
+    )
+    answer = cli("run", "sweep.yaml", "--name", "harsh", *SHORT, "--set", "scenario.tasks=1", *changes, status=1)
+    assert "harsh-m0: RuntimeError: no candidate keeps" in answer.stderr
+    assert answer.stderr.splitlines()[-1].startswith("harsh-m0 ended early")
+    assert cli.json("status", "harsh-m40")["status"] == "complete"
+
+
 @pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")  # MLflow 3.17 on SQLAlchemy 2.1
 def test_seeds_run_side_by_side_and_each_ends_as_it_does_alone(cli: Cli, finished: Path) -> None:
     shown = cli.json("run", "sweep.yaml", "--name", "seeds", "--set", "repetitions=2")
