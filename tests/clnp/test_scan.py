@@ -227,6 +227,15 @@ def test_a_scan_in_parts_holds_as_many_values_as_fit(
         assert scan(candidate, 0, limit).theta == slow.highest(limit)
 
 
+@pytest.mark.parametrize("num_tasks", [0, 1])
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_scan_holds_where_samples_are_seen_one_at_a_time(network: str, num_tasks: int) -> None:
+    slow, candidate = make_candidate(NETWORKS[network], num_tasks, 5, exact=False, num_samples=40)
+    candidate.features.batch_size = 1
+    limit = slow.at([0.0] * slow.depth)[0] - 2
+    assert scan(candidate, 0, limit).theta == slow.highest(limit)
+
+
 def test_a_scan_on_a_device_gives_what_committing_every_model_gives(device: torch.device) -> None:
     slow, _ = make_candidate(make_network((6, 5), head="single"), 1, 7, exact=True)
     candidate = Candidate(slow.state, slow.trained, slow.inputs.to(device), slow.labels.to(device))
