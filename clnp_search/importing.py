@@ -15,6 +15,8 @@ from typing import Any
 from clnp_search.errors import InputError
 
 IMPORT_PATH = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*"
+# Modules that were read from a user's own folders, and when their files were written.
+_theirs: dict[str, int] = {}
 
 
 @contextmanager
@@ -51,10 +53,6 @@ def imported(key: str, path: str, folders: Sequence[Path]) -> Iterator[Any]:
         for place in places:
             if place in sys.path:
                 sys.path.remove(place)
-
-
-# Modules that were read from a user's own folders, and when their files were written.
-_theirs: dict[str, int] = {}
 
 
 def _forget_others(places: Sequence[str]) -> None:
