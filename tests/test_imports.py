@@ -87,3 +87,26 @@ def test_importing_the_package_stays_light() -> None:
     code = "import sys, clnp_search; print(*sorted({'torch', 'ray', 'mlflow', 'pydantic', 'numpy'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent)
     assert done.stdout.strip() == ""
+
+
+# What parts of torch and scikit-learn import when asked for something small; together, more than all else of a command.
+HEAVY = {"torch._dynamo", "sympy", "sklearn", "scipy"}
+
+
+def test_what_every_command_does_imports_nothing_heavy() -> None:
+    code = f"""
+import sys
+from pathlib import Path
+from builders import GRAPHS, make_training, run_all
+from clnp_search.clnp.state import Architecture, State
+from clnp_search.clnp.training import TrainingSettings
+from clnp_search.tasks.data import load_digits
+load_digits(Path())
+for graph in GRAPHS.values():
+    alphas = [(0.1,) * len(graph.layers)]
+    _, training = make_training(State.empty(Architecture(graph)), alphas, [0.01], TrainingSettings(1, 8))
+    run_all(training)
+print(*sorted({HEAVY} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent / "tests")
+    assert (done.stdout.strip(), done.stderr) == ("", "")

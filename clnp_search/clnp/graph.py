@@ -481,24 +481,21 @@ class Builder:
         if name in self._nodes:
             raise ValueError(f"there are two nodes named {name!r}")
         read = [self._nodes[each] for each in inputs]
-        rows, columns = (sum(self._sizes[self._root(group)] for group in each) for each in (groups, read[0].groups))
-        empty = {
-            parameter: torch.empty(shape, device="meta")
-            for parameter, shape in op.shapes(rows, columns, read[0].taps).items()
-        }
-        values = [
-            torch.empty(
-                2, sum(self._sizes[self._root(g)] for g in node.groups) * node.taps, *node.positions, device="meta"
-            )
-            for node in read
-        ]
+        if not all(self._sizes[self._root(group)] for group in groups):
+            raise ValueError("has no units")
+        # One unit of each group tells all shapes, and costs nothing. The meta device would take as many as there are,
+        # but imports torch.compile and sympy for it: a second of every command.
+        rows = len(groups)
+        shapes = op.shapes(rows, len(read[0].groups), read[0].taps)
+        parameters = {parameter: torch.zeros(shape) for parameter, shape in shapes.items()}
+        values = [torch.zeros(2, len(node.groups) * node.taps, *node.positions) for node in read]
         try:
-            shape = op.plain(values, empty).shape
+            shape = op.plain(values, parameters).shape
         except (RuntimeError, IndexError, TypeError, ArithmeticError) as error:
             raise ValueError(str(error).strip().partition("\n")[0]) from error
         positions = tuple(shape[2:])
-        if len(shape) < 2 or shape[0] != 2 or len(positions) not in (0, 2) or not rows or shape[1] % rows:
-            raise ValueError(f"gives values of shape {tuple(shape[1:])} for {rows} units")
+        if len(shape) < 2 or shape[0] != 2 or len(positions) not in (0, 2) or shape[1] % rows:
+            raise ValueError(f"gives values of shape {tuple(shape[1:])} for one unit of each group")
         self._nodes[name] = Node(name, op, inputs, groups, positions, shape[1] // rows)
         return name
 

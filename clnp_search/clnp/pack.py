@@ -414,7 +414,9 @@ class Pack:
         logits = block.logits(values)
         loss, grad = cross_entropy(self._masked(logits.detach(), labels), labels, batch_size)
         if logits.requires_grad:
-            logits.backward(grad)
+            # For `logits.backward(grad)` PyTorch imports sympy, to compare two shapes: half a second of every process.
+            logits.register_hook(lambda _: grad)
+            logits.sum().backward()
         return loss
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,28 +23,29 @@ def kill_driver(process: subprocess.Popen[str]) -> None:
     process.kill()
 
 
+def digest(finished: Path) -> str:
+    """What the undisturbed run ended with."""
+    return json.loads((finished / "summary.json").read_text())["state_digest"]  # type: ignore[no-any-return]
+
+
 def point_times(run: Path) -> dict[str, int]:
     """When each point's record was written."""
     return {str(path.relative_to(run)): path.stat().st_mtime_ns for path in run.glob("tasks/*/points/*.json")}
 
 
-@pytest.mark.parametrize("kill", [kill_driver, kill_everything])
-def test_a_killed_run_resumes_to_the_undisturbed_digest(
-    cli: Cli, finished: Path, kill: Callable[[subprocess.Popen[str]], None]
-) -> None:
-    name = f"killed-{kill.__name__}"
-    run = cli.folder / "runs" / name
+def test_a_run_that_is_killed_again_and_again_resumes_to_the_undisturbed_digest(cli: Cli, finished: Path) -> None:
+    run = cli.folder / "runs" / "killed"
     seen: dict[str, int] = {}
-    for points_before in random.sample(range(1, 9), 2):
-        process = cli.start("run", "sweep.yaml", "--name", name)
+    for kill, points_before in zip([kill_driver, kill_everything], sorted(random.sample(range(1, 9), 2)), strict=True):
+        process = cli.start("run", "sweep.yaml", "--name", "killed")
         reached = wait_until(lambda: len(point_times(run)) >= points_before, process)  # noqa: B023
         assert reached
         time.sleep(random.uniform(0, 1.5))
         kill(process)
         process.communicate()
         seen |= point_times(run)
-    summary = cli.json("resume", name)
-    assert summary["state_digest"] == json.loads((finished / "summary.json").read_text())["state_digest"]
+    summary = cli.json("resume", "killed")
+    assert summary["state_digest"] == digest(finished)
     after = point_times(run)
     assert len(after) == 12
     assert {path: after[path] for path in seen} == seen
@@ -63,14 +64,14 @@ def kill_one(process: subprocess.Popen[str], name: str) -> None:
     os.kill(found[0], signal.SIGKILL)
 
 
-@pytest.mark.parametrize("name", ["ImplicitFunc", "_pack_task"])
-def test_a_killed_worker_is_replaced_and_nothing_changes(cli: Cli, finished: Path, name: str) -> None:
-    process = cli.start("run", "sweep.yaml", "--name", f"killed{name}", "--tracking-uri", "none", "--json")
-    kill_one(process, name)
+def test_killed_workers_are_replaced_and_nothing_changes(cli: Cli, finished: Path) -> None:
+    process = cli.start("run", "sweep.yaml", "--name", "replaced", "--tracking-uri", "none", "--json")
+    for name in ("ImplicitFunc", "_pack_task"):  # a trial, and what trains its pack
+        kill_one(process, name)
     document, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     summary = json.loads(document)  # nothing else is there, though Ray prints that a worker died
-    assert summary["state_digest"] == json.loads((finished / "summary.json").read_text())["state_digest"]
+    assert summary["state_digest"] == digest(finished)
 
 
 def statuses(run: Path) -> list[str]:
@@ -101,7 +102,7 @@ def test_a_pack_whose_worker_is_killed_more_often_than_the_retries_stops_the_run
     assert "clnp-search resume dies" in errors
     assert "failed" not in statuses(cli.folder / "runs" / "dies")
     summary = cli.json("resume", "dies", "--tracking-uri", "none")
-    assert summary["state_digest"] == json.loads((finished / "summary.json").read_text())["state_digest"]
+    assert summary["state_digest"] == digest(finished)
 
 
 @pytest.fixture
@@ -122,7 +123,7 @@ def test_a_full_disk_stops_the_run_which_goes_on_when_there_is_room(cli: Cli, fi
     cli("resume", "full", *untracked, status=1)
     subprocess.run(["mount", "-o", "remount,size=100m", small_disk], check=True)
     summary = cli.json("resume", "full", *untracked)
-    assert summary["state_digest"] == json.loads((finished / "summary.json").read_text())["state_digest"]
+    assert summary["state_digest"] == digest(finished)
 
 
 def test_a_failed_point_is_said_and_can_be_trained_again(cli: Cli, finished: Path) -> None:
@@ -140,7 +141,7 @@ def test_a_failed_point_is_said_and_can_be_trained_again(cli: Cli, finished: Pat
     assert "task 2: p001 failed: no luck" in cli("status", "retried").stdout
     summary = cli.json("resume", "retried", "--tracking-uri", "none", "--retry-failed")
     assert summary["failed_points"] == []
-    assert summary["state_digest"] == json.loads((finished / "summary.json").read_text())["state_digest"]
+    assert summary["state_digest"] == digest(finished)
 
 
 def test_a_second_driver_is_refused_and_one_that_is_replaced_stops(cli: Cli) -> None:
@@ -161,20 +162,20 @@ def test_a_second_driver_is_refused_and_one_that_is_replaced_stops(cli: Cli) -> 
     assert folder.read_lease() == other
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_ends_within_seconds_with_status_3(cli: Cli, finished: Path, number: signal.Signals) -> None:
-    name = f"interrupted-{number.name}"
-    run = cli.folder / "runs" / name
-    process = cli.start("run", "sweep.yaml", "--name", name)
-    assert wait_until(lambda: len(point_times(run)) >= 4, process)
-    before = point_times(run)
-    started = time.monotonic()
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 3, errors
-    assert "clnp-search resume" in errors
-    assert time.monotonic() - started < 30  # seconds even on a loaded machine
-    summary = cli.json("run", "sweep.yaml", "--name", name)
-    assert summary["state_digest"] == json.loads((finished / "summary.json").read_text())["state_digest"]
+def test_an_interrupt_ends_within_seconds_with_status_3(cli: Cli, finished: Path) -> None:
+    run = cli.folder / "runs" / "interrupted"
+    for number, points_before in ((signal.SIGINT, 4), (signal.SIGTERM, 8)):
+        process = cli.start("run", "sweep.yaml", "--name", "interrupted")
+        reached = wait_until(lambda: len(point_times(run)) >= points_before, process)  # noqa: B023
+        assert reached
+        before = point_times(run)
+        started = time.monotonic()
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 3, errors
+        assert "clnp-search resume" in errors
+        assert time.monotonic() - started < 30  # seconds even on a loaded machine
+    summary = cli.json("run", "sweep.yaml", "--name", "interrupted")
+    assert summary["state_digest"] == digest(finished)
     after = point_times(run)
     assert {path: after[path] for path in before} == before
