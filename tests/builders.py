@@ -33,6 +33,7 @@ from clnp_search.clnp.ops import (
     MeanPositions,
     Multiply,
     Op,
+    Pad,
     PRelu,
     ToMap,
 )
@@ -169,6 +170,8 @@ OPS_USED: list[Op] = [
     MaxPool((3, 3), (2, 2), (1, 1)),
     MeanPositions(),
     Multiply(),
+    Pad(),
+    Pad((0, 1, -1, 2)),
     PRelu(),
     ToMap(),
 ]

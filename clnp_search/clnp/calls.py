@@ -31,6 +31,7 @@ from clnp_search.clnp.ops import (
     MeanPositions,
     Multiply,
     Op,
+    Pad,
     PRelu,
     ToMap,
 )
@@ -319,6 +320,16 @@ def _adaptive_pool(call: Call) -> Step:
         own if wanted is None else wanted for wanted, own in zip(_pair(size), value.shape[2:], strict=True)
     )
     return call.node(AdaptivePool((height, width), "max" in plain_name(call.label)), value)
+
+
+@_traces("pad zeropad2d constantpad2d")
+def _pad(call: Call) -> Step:
+    sides, mode, value = call.settings(pad=getattr(call.module, "padding", ()), mode="constant", value=0)
+    if mode != "constant" or value:
+        raise NoNode(f"{call.label} with {value if mode == 'constant' else mode}; allowed: zeros")
+    if any(sides[4:]):
+        raise NoNode(f"{call.label} of channels: those that it adds are no units of a layer")
+    return call.node(Pad(tuple((*sides, 0, 0)[:4])), call.read(dims=4))
 
 
 @_traces("dropout dropout2d featuredropout")

@@ -34,6 +34,7 @@ from clnp_search.clnp.ops import (
     MeanPositions,
     Multiply,
     Op,
+    Pad,
     Reader,
     Tensors,
     ToMap,
@@ -182,7 +183,7 @@ class Graph:
                 return None if pooled and node.op.unit == "value" else node.op
             pooled = pooled or isinstance(node.op, pools)
             rectified = isinstance(node.op, Activation) and node.op.function == "relu"
-            if not rectified and not isinstance(node.op, pools | Flatten | ToMap | Identity):
+            if not rectified and not isinstance(node.op, pools | Flatten | ToMap | Identity | Pad):
                 return None
             node = self.source(node)
 

@@ -426,6 +426,16 @@ class Identity(Op):
         return inputs[0]
 
 
+@dataclass(frozen=True)
+class Pad(Op):
+    """Zeros around each map: left, right, above and below; fewer than none cut it."""
+
+    sides: tuple[int, int, int, int] = (1, 1, 1, 1)
+
+    def plain(self, inputs: Sequence[Tensor], tensors: Tensors, training: bool = False) -> Tensor:
+        return functional.pad(inputs[0], self.sides)
+
+
 class _ToFlat(Op):
     """A map becomes flat: packed, its channels come first."""
 
@@ -522,6 +532,7 @@ OPS: dict[str, type[Op]] = {
         MaxPool,
         MeanPositions,
         Multiply,
+        Pad,
         PRelu,
         ToMap,
     )
