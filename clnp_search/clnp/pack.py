@@ -177,49 +177,50 @@ class Block:
         training: bool = False,
         dtype: torch.dtype = torch.float32,
         graph: Graph | None = None,
-        values: Mapping[str, Tensor] | None = None,
         keep: bool = False,
-        last: str = "",
     ) -> dict[str, Tensor]:
         """The points' own values at each node, in packed form (`ops.py`); the last node's are the logits.
 
         Args:
             graph: Another order of the same nodes.
-            values: What is known of the own values already.
             keep: Whether all values are wanted, and not the logits alone.
-            last: The node to stop at, if not the last.
         """
         graph = graph or self.graph
-        batch = len(levels[INPUT])
-        values = dict(values or {})
+        values: dict[str, Tensor] = {}
         for node in graph.nodes:
-            if node.name not in values and self.width(node):
-                values[node.name] = self._compute(graph, node, values, levels, batch, training, dtype)
+            if self.width(node):
+                values[node.name] = self.compute(graph, node, values, levels, training, dtype)
                 if not keep:
                     for name in node.inputs:
                         if graph.last_readers[name] == node.name:
                             values.pop(name, None)
-            if node.name == last:
-                break
         return values
 
     def logits(self, values: Mapping[str, Tensor]) -> Tensor:
         """The logits [K, C, B] among what `forward` gave."""
         return values[self.graph.nodes[-1].name].unflatten(0, (self.points, -1))
 
-    def _compute(
+    def compute(
         self,
         graph: Graph,
         node: Node,
         values: Mapping[str, Tensor],
         levels: Levels,
-        batch: int,
-        training: bool,
-        dtype: torch.dtype,
+        training: bool = False,
+        dtype: torch.dtype = torch.float32,
+        first: int = 0,
     ) -> Tensor:
+        """A node's own value, from those that it reads.
+
+        Args:
+            first: The first unit that is wanted, if not all are: of one point, and of one group.
+        """
         tensors = self.tensors.get(node.name, {})
+        if first:
+            tensors = {name: tensor[:, first:] for name, tensor in tensors.items()}
         if not isinstance(node.op, Reader):
-            own = [values[name] for name in node.inputs if name in values]
+            read = [name for name in node.inputs if name in values]
+            own = [_channels_from(values[name], first * graph.by_name[name].taps) for name in read]
             if training and node.name in graph.in_place:
                 return node.op.overwriting(own, graph.in_place[node.name])
             return node.op.packed(own, tensors, self.points, training)
@@ -229,20 +230,24 @@ class Block:
         if shared is not None and not shared.shape[1]:
             shared = None
         if shared is None and own_value is None:
-            return self._bias_alone(node, batch, dtype)
+            return self._bias_alone(node, tensors, len(levels[INPUT]), dtype)
         if shared is not None and training and (dropout := graph.dropout_of(source)) is not None:
             by_unit = shared.unflatten(1, (-1, source.taps)) if source.taps > 1 else shared
             shared = dropout.plain([by_unit], {}, training).reshape(shared.shape)
         return node.op.read(shared, own_value, tensors, self.points, dtype)
 
-    def _bias_alone(self, node: Node, batch: int, dtype: torch.dtype) -> Tensor:
+    def _bias_alone(self, node: Node, tensors: Mapping[str, Tensor], batch: int, dtype: torch.dtype) -> Tensor:
         """The value of a layer that reads no unit."""
-        tensors = self.tensors[node.name]
         own = tensors["weight.own"]
         bias = tensors["bias"] if "bias" in tensors else own.new_zeros(own.shape[:2])
         if node.positions:
             return bias.to(dtype).view(1, -1, 1, 1).repeat(batch, 1, *node.positions)
         return bias.to(dtype).view(-1, 1).repeat(1, batch)
+
+
+def _channels_from(value: Tensor, first: int) -> Tensor:
+    """The channels of one point's value from one on; a view."""
+    return value[:, first:] if value.ndim == 4 else value[first:]
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,9 @@
 
 Accuracy is not monotone in theta, so every distinct activity is tried, from the highest down, and the first that
 passes is the answer. Two observations make that cheap. Units sorted by activity turn every pruned model into a prefix
-of each group, so models are slices, and what lies before the first group that gained a unit stays as it was. And a
-theta is rejected, exactly, as soon as more samples are wrong than the margin allows; the samples that a recent model
-got most wrong say so at once. Only a theta that survives those few samples is evaluated on the whole split.
+of each group, so models are slices: when a group gains a unit, its others stay as they were, and so does all before
+them. And a theta is rejected, exactly, as soon as more samples are wrong than the margin allows; the samples that a
+recent model got most wrong say so at once. Only a theta that survives those few is evaluated on the whole split.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from clnp_search.clnp.graph import Node
-from clnp_search.clnp.ops import Concat, Reader
+from clnp_search.clnp.ops import Reader
 from clnp_search.clnp.pack import CACHE_BYTES, Block, Features, Trunk
 from clnp_search.clnp.state import FreeParameters, State, mean_outputs, own_index, shift
 from clnp_search.records import CurveStep, ScanRecord
@@ -128,10 +127,10 @@ class Candidate:
 
 
 class Grown:
-    """A candidate's model on a few samples, while its units change.
+    """A candidate's model on a few samples, while it gains units.
 
-    What depends on no group that has changed is kept; what depends on no threshold at all is computed once, for all
-    units.
+    What does not change is kept: all values before the first layer that reads a new unit, and of layers that read what
+    they read before, the units that they had.
 
     Args:
         hold: Whether values are kept at all, which takes memory.
@@ -142,42 +141,29 @@ class Grown:
         self._candidate, self._hold = candidate, hold
         self._levels, self.labels = candidate.features.batch(samples)
         self._order = candidate.graph.pooled_first
-        self._counts: Counts | None = None
         self._values: dict[str, Tensor] = {}
-        whole = candidate.model(candidate.all)
-        self._static: dict[str, Tensor] = {}
-        for node in self._order.nodes if hold else ():
-            if self._is_static(node, whole):
-                values = whole.forward(self._levels, graph=self._order, values=self._static, keep=True, last=node.name)
-                self._static[node.name] = values[node.name]
+        self._units = dict.fromkeys(self._order.by_name, 0)
 
     @torch.inference_mode()
     def advance(self, counts: Counts) -> Tensor:
-        """Logits [S, C] of the model with `counts` free units in each group."""
-        candidate, before = self._candidate, self._counts
-        changed = {
-            group for index, group in enumerate(candidate.groups) if before is None or before[index] != counts[index]
-        }
-        affected: set[str] = set()
+        """Logits [S, C] of the model with `counts` free units in each group, no fewer than the last time."""
+        model = self._candidate.model(counts)
+        if not self._hold:
+            return model.logits(model.forward(self._levels, graph=self._order))[0].T
+        stay = dict.fromkeys(self._order.by_name, 0)  # units of each node whose values stay
         for node in self._order.nodes:
-            if changed.intersection(node.groups) or affected.intersection(node.inputs):
-                affected.add(node.name)
-        model = candidate.model(counts)
-        values = {name: value for name, value in self._values.items() if name not in affected}
-        for name, value in self._static.items():
-            if width := model.width(self._order.by_name[name]):
-                values[name] = value.narrow(1 if value.ndim == 4 else 0, 0, width)
-        values = model.forward(self._levels, graph=self._order, values=values, keep=self._hold)
-        if self._hold:
-            self._values, self._counts = values, counts
-        return model.logits(values)[0].T
-
-    def _is_static(self, node: Node, whole: Block) -> bool:
-        if not whole.width(node) or node.name == self._order.head or isinstance(node.op, Concat):
-            return False
-        if isinstance(node.op, Reader):
-            return not whole.width(self._order.source(node))
-        return len(node.groups) == 1 and all(name in self._static for name in node.inputs)
+            units = model.width(node) // node.taps
+            if all(stay[name] == self._units[name] for name in node.inputs):
+                stay[node.name] = self._units[node.name]
+            elif not isinstance(node.op, Reader) and len(node.groups) == 1:
+                stay[node.name] = min(stay[name] for name in node.inputs)
+            self._units[node.name] = units
+            if stay[node.name] < units:
+                value = model.compute(self._order, node, self._values, self._levels, first=stay[node.name])
+                if stay[node.name]:
+                    value = torch.cat([self._values[node.name], value], 1 if value.ndim == 4 else 0)
+                self._values[node.name] = value
+        return model.logits(self._values)[0].T
 
 
 def highest_passing(candidate: Candidate, path: list[Counts], min_correct: int) -> tuple[int, dict[int, int]]:
