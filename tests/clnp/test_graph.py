@@ -159,6 +159,7 @@ def test_a_product_with_the_classes_is_refused() -> None:
         (lambda build, one, two: build.layer("one", Conv(), INPUT, 3), "two nodes named 'one'"),
         (lambda build, one, two: build.add("deep", Depthwise(), INPUT), "the samples' own channels"),
         (lambda build, one, two: build.add("deep", Depthwise(), build.add("flat", Flatten(), one)), "flat values"),
+        (lambda build, one, two: build.layer("none", Conv(), one, 0), "no units"),
         (lambda build, one, two: build.layer("big", Conv(kernel=(9, 9)), one, 3), "Kernel size"),
         (lambda build, one, two: build.layer("still", Conv(kernel=(1, 1), stride=(0, 0)), one, 3), "zero"),
         (lambda build, one, two: build.add("both", Concat(), one, build.add("f", Flatten(), two)), "different shapes"),
