@@ -116,16 +116,17 @@ class Watched:
         assert {point: final[point] for point in self._seen} == self._seen, "a finished point was trained again"
 
 
-def worker_below(process: subprocess.Popen[str], name: str = "_pack_task") -> int:
-    """The process that trains a pack, as soon as there is one.
+def workers_below(process: subprocess.Popen[str]) -> list[int]:
+    """The processes that train packs, below a node or a driver that has started Ray itself."""
+    return [pid for pid, command in descendants(process.pid).items() if "ray::_pack_task" in command]
 
-    Args:
-        process: A driver that has started Ray itself, or a node.
-    """
+
+def worker_below(process: subprocess.Popen[str]) -> int:
+    """The first of them, as soon as there is one."""
     found: list[int] = []
 
     def there() -> bool:
-        found[:] = [pid for pid, command in descendants(process.pid).items() if f"ray::{name}" in command]
+        found[:] = workers_below(process)
         return bool(found)
 
     assert wait_until(there, process)
@@ -140,11 +141,16 @@ def ended(process: subprocess.Popen[str], limit_s: float = 300) -> tuple[int, st
 
 def test_a_node_that_is_killed_in_the_middle_of_a_pack(cli: Cli, digest: str, nodes: RayNodes) -> None:
     run = Watched(str(cli.folder / "runs" / "node"))
-    lost = nodes.add(2)  # where most of the packs go
     process = cli.start("run", "sweep.yaml", "--name", "node", *LONG, *UNTRACKED, "--address", nodes.address)
-    worker_below(lost)
+    lost: list[subprocess.Popen[str]] = []
+
+    def trains() -> bool:
+        lost[:] = [node for node in nodes.workers if workers_below(node)]
+        return bool(lost)
+
+    assert wait_until(trains, process)
     run.look()
-    kill_everything(lost)
+    kill_everything(lost[0])
     status, errors = ended(process)
     assert status == 0, errors
     run.assert_undisturbed(digest)
