@@ -484,18 +484,17 @@ class Builder:
         read = [self._nodes[each] for each in inputs]
         if not all(self._sizes[self._root(group)] for group in groups):
             raise ValueError("has no units")
-        # One unit of each group tells all shapes, and costs nothing. The meta device would take as many as there are,
-        # but imports torch.compile and sympy for it: a second of every command.
+        # No samples, of one unit of each group, tell all shapes and take no memory. (So would the meta device, but it
+        # imports torch.compile and sympy for them: a second of every command.)
         rows = len(groups)
-        shapes = op.shapes(rows, len(read[0].groups), read[0].taps)
-        parameters = {parameter: torch.zeros(shape) for parameter, shape in shapes.items()}
-        values = [torch.zeros(2, len(node.groups) * node.taps, *node.positions) for node in read]
+        values = [torch.empty(0, len(node.groups) * node.taps, *node.positions) for node in read]
         try:
-            shape = op.plain(values, parameters).shape
+            shapes = op.shapes(rows, len(read[0].groups), read[0].taps)
+            shape = op.plain(values, {parameter: torch.empty(size) for parameter, size in shapes.items()}).shape
         except (RuntimeError, IndexError, TypeError, ArithmeticError) as error:
             raise ValueError(str(error).strip().partition("\n")[0]) from error
         positions = tuple(shape[2:])
-        if len(shape) < 2 or shape[0] != 2 or len(positions) not in (0, 2) or shape[1] % rows:
+        if len(shape) < 2 or shape[0] or len(positions) not in (0, 2) or shape[1] % rows:
             raise ValueError(f"gives values of shape {tuple(shape[1:])} for one unit of each group")
         self._nodes[name] = Node(name, op, inputs, groups, positions, shape[1] // rows)
         return name

@@ -219,8 +219,10 @@ class Block:
         if first:
             tensors = {name: tensor[:, first:] for name, tensor in tensors.items()}
         if not isinstance(node.op, Reader):
-            read = [name for name in node.inputs if name in values]
-            own = [_channels_from(values[name], first * graph.by_name[name].taps) for name in read]
+            read = [graph.by_name[name] for name in node.inputs if name in values]
+            own = [values[each.name] for each in read]
+            if first:
+                own = [_channels_from(value, first * each.taps) for value, each in zip(own, read, strict=True)]
             if training and node.name in graph.in_place:
                 return node.op.overwriting(own, graph.in_place[node.name])
             return node.op.packed(own, tensors, self.points, training)

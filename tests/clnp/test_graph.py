@@ -119,6 +119,13 @@ def test_a_pool_of_what_others_read_too_stays_where_it_is() -> None:
     assert build.build().pooled_first == build.build()
 
 
+def test_shapes_are_worked_out_without_memory_for_their_values() -> None:
+    build = Builder((3, 10**6, 10**6))
+    pooled = build.add("pool", MaxPool(), build.layer("one", Conv(padding=(1, 1)), INPUT, 10**9))
+    build.layer("head", Linear(), build.add("mean", MeanPositions(), pooled), 0, head=True)
+    assert build.build().by_name["pool"].positions == (500_000, 500_000)
+
+
 # What does not fit
 
 
