@@ -227,16 +227,18 @@ class Block:
                 return node.op.overwriting(own, graph.in_place[node.name])
             return node.op.packed(own, tensors, self.points, training)
         source = graph.source(node)
-        own_value = values.get(source.name)
-        shared = levels.get(source.name) if self._reads_frozen or node.name != graph.head else None
-        if shared is not None and not shared.shape[1]:
-            shared = None
+        own_value, shared = values.get(source.name), self.shared(graph, node, levels)
         if shared is None and own_value is None:
             return self._bias_alone(node, tensors, len(levels[INPUT]), dtype)
         if shared is not None and training and (dropout := graph.dropout_of(source)) is not None:
             by_unit = shared.unflatten(1, (-1, source.taps)) if source.taps > 1 else shared
             shared = dropout.plain([by_unit], {}, training).reshape(shared.shape)
         return node.op.read(shared, own_value, tensors, self.points, dtype)
+
+    def shared(self, graph: Graph, node: Node, levels: Levels) -> Tensor | None:
+        """The frozen channels that a layer reads, if there are any."""
+        shared = levels.get(graph.source(node).name) if self._reads_frozen or node.name != graph.head else None
+        return shared if shared is not None and shared.shape[1] else None
 
     def _bias_alone(self, node: Node, tensors: Mapping[str, Tensor], batch: int, dtype: torch.dtype) -> Tensor:
         """The value of a layer that reads no unit."""

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from clnp_search.clnp.graph import INPUT, Node
 from clnp_search.clnp.ops import Reader
 from clnp_search.clnp.pack import CACHE_BYTES, Block, Features, Trunk
 from clnp_search.clnp.state import FreeParameters, State, mean_outputs, own_index, shift
@@ -67,14 +69,14 @@ class Candidate:
                     own["weight.own"] = own["weight.own"][:, columns]
                 self._tensors[node.name] = {name: part[None].to(device) for name, part in own.items()}
         # For each layer that makes up for what is pruned: by group and number of units kept, what the others give.
-        self._given: dict[str, dict[str, Tensor]] = {}
+        self.given: dict[str, dict[str, Tensor]] = {}
         for name, means in trained.means.items():
             groups = [group for group in graph.source(graph.by_name[name]).groups if group in sizes]
             ordered = means[own_index(tuple(groups), order, sizes)].to(device)
             given = mean_outputs(self._tensors[name]["weight.own"][0], ordered).split(
                 [sizes[each] for each in groups], 1
             )
-            of_group = self._given[name] = {}
+            of_group = self.given[name] = {}
             for group, part in zip(groups, given, strict=True):  # a group may be there twice
                 pruned = functional.pad(part.flip(1).cumsum(1).flip(1), (0, 1))
                 of_group[group] = of_group[group] + pruned if group in of_group else pruned
@@ -94,7 +96,7 @@ class Candidate:
             return tensor.index_select(dim, own_index(tuple(groups), units, sizes).to(tensor.device))
 
         whole = dict(self._tensors)
-        for name, given in self._given.items():
+        for name, given in self.given.items():
             shift(self.graph, whole, name, torch.stack([part[:, kept[group]] for group, part in given.items()]).sum(0))
         tensors: dict[str, dict[str, Tensor]] = {}
         for name, own in whole.items():
@@ -104,6 +106,15 @@ class Candidate:
                 parts["weight.own"] = cut(parts["weight.own"], 2, self.graph.source(node).groups)
             tensors[name] = parts
         return Block(self.graph, kept, tensors, self.state.architecture.head == "multi")
+
+    @cached_property
+    def unbiased(self) -> Block:
+        """The model that keeps all units, its layers without their biases."""
+        whole = self.model(self.all)
+        for node in self.graph.nodes:
+            if isinstance(node.op, Reader):
+                whole.tensors[node.name].pop("bias", None)
+        return whole
 
     @torch.inference_mode()
     def logits(self, counts: Counts) -> Tensor:
@@ -121,16 +132,19 @@ class Candidate:
         """How many samples of the whole split these logits [N, C] get right."""
         return int((logits.argmax(1) == self.labels).sum())
 
-    def counts(self, theta: Iterable[float]) -> Counts:
-        """Free units of each group whose activity is strictly above its theta."""
-        return tuple(int((values > limit).sum()) for values, limit in zip(self.activities, theta, strict=True))
+    def path(self, thetas: Iterable[Sequence[float]]) -> list[Counts]:
+        """For each group its thetas, of as many models: free units of each whose activity is strictly above."""
+        limits = [torch.tensor(each, dtype=torch.float64) for each in thetas]
+        above = zip(self.activities, limits, strict=True)
+        return list(zip(*(torch.searchsorted(-values, -limit).tolist() for values, limit in above), strict=True))
 
 
 class Grown:
-    """A candidate's model on a few samples, while it gains units.
+    """A candidate's models on a few samples, while they gain units.
 
-    What does not change is kept: all values before the first layer that reads a new unit, and of layers that read what
-    they read before, the units that they had.
+    What does not change is kept: what the frozen units give, all values before the first layer that reads a new unit,
+    and of layers that read what they read before, the units that they had. Models that are evaluated at once stand one
+    behind another as samples, from the first layer on that reads different units in them.
 
     Args:
         hold: Whether values are kept at all, which takes memory.
@@ -141,29 +155,91 @@ class Grown:
         self._candidate, self._hold = candidate, hold
         self._levels, self.labels = candidate.features.batch(samples)
         self._order = candidate.graph.pooled_first
-        self._values: dict[str, Tensor] = {}
+        self._given: dict[str, Tensor] = {}  # what each layer's units, all of them, read of the frozen ones
+        self._values: dict[str, Tensor] = {}  # of the last model
         self._units = dict.fromkeys(self._order.by_name, 0)
 
     @torch.inference_mode()
-    def advance(self, counts: Counts) -> Tensor:
-        """Logits [S, C] of the model with `counts` free units in each group, no fewer than the last time."""
-        model = self._candidate.model(counts)
+    def advance(self, path: Sequence[Counts]) -> Tensor:
+        """Logits [K, S, C] of K models on a path; none has fewer units than the one before, or than the last time."""
         if not self._hold:
-            return model.logits(model.forward(self._levels, graph=self._order))[0].T
+            models = map(self._candidate.model, path)
+            return torch.cat([each.logits(each.forward(self._levels, graph=self._order)) for each in models]).mT
+        model, samples = self._candidate.model(path[-1]), len(self.labels)
+        kept = {group: torch.tensor(counts) for group, *counts in zip(self._candidate.groups, *path, strict=True)}
+        differ = {group for group, counts in kept.items() if counts[0] < counts[-1]}
+        apart: set[str] = set()  # nodes whose values differ from model to model
         stay = dict.fromkeys(self._order.by_name, 0)  # units of each node whose values stay
         for node in self._order.nodes:
             units = model.width(node) // node.taps
-            if all(stay[name] == self._units[name] for name in node.inputs):
+            is_reader = isinstance(node.op, Reader)
+            reads_others = is_reader and not differ.isdisjoint(self._order.source(node).groups)
+            if reads_others or not apart.isdisjoint(node.inputs):
+                apart.add(node.name)
+            elif all(stay[name] == self._units[name] for name in node.inputs):
                 stay[node.name] = self._units[node.name]
-            elif not isinstance(node.op, Reader) and len(node.groups) == 1:
+            elif not is_reader and len(node.groups) == 1:
                 stay[node.name] = min(stay[name] for name in node.inputs)
-            self._units[node.name] = units
-            if stay[node.name] < units:
-                value = model.compute(self._order, node, self._values, self._levels, first=stay[node.name])
-                if stay[node.name]:
-                    value = torch.cat([self._values[node.name], value], 1 if value.ndim == 4 else 0)
-                self._values[node.name] = value
-        return model.logits(self._values)[0].T
+            self._units[node.name], first = units, stay[node.name]
+            if first == units:
+                continue
+            read = {name: self._values[name] for name in node.inputs if name in self._values}
+            if reads_others:
+                read = {
+                    name: _without_pruned(value, samples, self._order.by_name[name], kept)
+                    for name, value in read.items()
+                }
+            elif node.name in apart:
+                read = {name: _for_each(value, samples, len(path)) for name, value in read.items()}
+            if is_reader:
+                value = self._read(model, node, read, first, len(path) if node.name in apart else 1)
+            else:
+                value = model.compute(self._order, node, read, self._levels, first=first)
+            if first:
+                value = torch.cat([self._values[node.name], value], 1 if value.ndim == 4 else 0)
+            self._values[node.name] = value
+        logits = model.logits(self._values)[0].unflatten(1, (-1, samples)).permute(1, 2, 0)
+        for name in apart & self._values.keys():
+            value = self._values[name]
+            self._values[name] = value[-samples:] if value.ndim == 4 else value[:, -samples:]
+        return logits.expand(len(path), -1, -1)
+
+    def _read(self, model: Block, node: Node, own: dict[str, Tensor], first: int, models: int) -> Tensor:
+        """A layer's value from its unit `first` on."""
+        nothing = {INPUT: self.labels.new_empty(models * len(self.labels), 0)}
+        value = model.compute(self._order, node, own, nothing, first=first)
+        if model.shared(self._order, node, self._levels) is None:
+            return value
+        if node.name not in self._given:
+            self._given[node.name] = self._candidate.unbiased.compute(self._order, node, {}, self._levels)
+        given, units = self._given[node.name], model.width(node)
+        given = given[:, first:units] if given.ndim == 4 else given[first:units]
+        return _joined(_by_model(value, len(self.labels)) + _by_model(given, len(self.labels)))
+
+
+def _by_model(value: Tensor, samples: int) -> Tensor:
+    """A value [K * S, C, H, W] or [C, K * S] with a dimension for the models: [K, S, C, H, W] or [C, K, S]."""
+    return value.unflatten(0 if value.ndim == 4 else 1, (-1, samples))
+
+
+def _joined(value: Tensor) -> Tensor:
+    """The same without that dimension."""
+    return value.flatten(0, 1) if value.ndim == 5 else value.flatten(1)
+
+
+def _for_each(value: Tensor, samples: int, models: int) -> Tensor:
+    """A value that may be alike for all models, for each of them."""
+    each = _by_model(value, samples)
+    return _joined(each.expand(models, -1, -1, -1, -1) if each.ndim == 5 else each.expand(-1, models, -1))
+
+
+def _without_pruned(value: Tensor, samples: int, node: Node, kept: Mapping[str, Tensor]) -> Tensor:
+    """A node's value for each model, without the units beyond those that it keeps of each group [K]."""
+    of_groups = [kept[group] for group in node.groups if group in kept]
+    is_kept = torch.cat([torch.arange(int(counts[-1]))[:, None] < counts for counts in of_groups])
+    is_kept = is_kept.repeat_interleave(node.taps, 0).to(value.device)
+    each = _by_model(value, samples)
+    return _joined(each * (is_kept.T[:, None, :, None, None] if each.ndim == 5 else is_kept[:, :, None]))
 
 
 def highest_passing(candidate: Candidate, path: list[Counts], min_correct: int) -> tuple[int, dict[int, int]]:
@@ -195,19 +271,22 @@ def _next_possible(candidate: Candidate, path: list[Counts], start: int, logits:
     """
     hardest = _margins(logits, candidate.labels).argsort()[: 2 * allowed + 64]
     parts = hardest.split(candidate.features.batch_size)
+    together = 1 if candidate.given else candidate.features.batch_size // len(parts[0])
     graph = candidate.graph
-    part_bytes = 4 * len(parts[0]) * sum(graph.value_size(node.name, graph.groups) for node in graph.nodes)
+    values = sum(graph.value_size(node.name, graph.groups) for node in graph.nodes)
+    part_bytes = 8 * together * len(parts[0]) * values
     grown: list[Grown] = []
-    for position in range(start, len(path)):
-        wrong = 0
+    for position in range(start, len(path), together):
+        models = path[position : position + together]
+        wrong = candidate.labels.new_zeros(len(models))
         for index, samples in enumerate(parts):
             if index == len(grown):
                 grown.append(Grown(candidate, samples, hold=(index + 1) * part_bytes <= HELD_BYTES))
-            wrong += _clearly_wrong(grown[index].advance(path[position]), grown[index].labels)
-            if wrong > allowed:
+            wrong = wrong + _clearly_wrong(grown[index].advance(models), grown[index].labels)
+            if (wrong > allowed).all():
                 break
         else:
-            return position
+            return position + int((wrong <= allowed).nonzero()[0])
     return len(path)
 
 
@@ -230,7 +309,7 @@ def scan(
     steps = int(number or 0)
     zero = torch.zeros(1, dtype=torch.float64)
     values = _thinned(torch.cat([*candidate.activities, zero]).unique().flip(0).tolist(), steps)
-    path = [candidate.counts([value] * len(candidate.activities)) for value in values]
+    path = candidate.path([values] * len(candidate.activities))
     chosen, evaluated = highest_passing(candidate, path, min_correct)
     for position in sorted({*_spaced(len(path), curve_steps), max(0, chosen - 1)} - evaluated.keys()):
         evaluated[position] = candidate.num_correct(path[position])
@@ -276,7 +355,7 @@ def _raise_all(
 ) -> Raised:
     """Each group's theta raised as far as the others allow, one after another."""
     curves: list[tuple[CurveStep, ...]] = [()] * len(theta)
-    counts, correct = candidate.counts(theta), 0
+    (counts,), correct = candidate.path([[value] for value in theta]), 0
     for group in order:
         others = (group, (*counts[:group], *counts[group + 1 :]))
         if others not in known:  # many starts lead to the same models
@@ -294,7 +373,7 @@ def _raise_one(
     """The highest theta of one group that passes while the others keep theirs."""
     values = candidate.activities[group].unique().flip(0)
     tried = _thinned([*values[values > theta[group]].tolist(), theta[group]], steps)
-    path = [candidate.counts([*theta[:group], value, *theta[group + 1 :]]) for value in tried]
+    path = candidate.path([tried if each == group else [value] * len(tried) for each, value in enumerate(theta)])
     chosen, evaluated = highest_passing(candidate, path, min_correct)
     for position in {max(0, chosen - 1)} - evaluated.keys():
         evaluated[position] = candidate.num_correct(path[position])
@@ -350,11 +429,15 @@ def _record(
 
 
 def _margins(logits: Tensor, labels: Tensor) -> Tensor:
-    """By how much each sample's true class leads the best other one [S]; negative where it is wrong."""
-    others = logits.scatter(1, labels[:, None], -math.inf).amax(1)
-    return logits.gather(1, labels[:, None])[:, 0] - others
+    """By how much each sample's true class leads the best other one [..., S] in logits [..., S, C]; negative where it
+    is wrong.
+    """
+    labels = labels.expand(logits.shape[:-1])[..., None]
+    others = logits.scatter(-1, labels, -math.inf).amax(-1)
+    return logits.gather(-1, labels)[..., 0] - others
 
 
-def _clearly_wrong(logits: Tensor, labels: Tensor) -> int:
-    tolerance = ROUNDING * (1 + logits.abs().amax())
-    return int((_margins(logits, labels) < -tolerance).sum())
+def _clearly_wrong(logits: Tensor, labels: Tensor) -> Tensor:
+    """How many samples each of some models [K] gets clearly wrong, by their logits [K, S, C]."""
+    tolerance = ROUNDING * (1 + logits.abs().amax((1, 2)))
+    return (_margins(logits, labels) < -tolerance[:, None]).sum(1)

@@ -249,18 +249,27 @@ def test_a_candidates_logits_are_its_subnetworks(head: str) -> None:
     slow, candidate = make_candidate(make_network((6, 5), head=head), 1, 11, exact=False)
     for theta in (0.0, 0.3, 0.6, 2.0):
         after = commit_at(slow.state, slow.trained, theta, num_classes=slow.num_classes)
-        logits = candidate.logits(candidate.counts((theta, theta)))
+        logits = candidate.logits(*candidate.path([[theta], [theta]]))
         torch.testing.assert_close(logits, Subnetwork(after, 1)(slow.inputs), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("together", [1, 3, 1000])
+@pytest.mark.parametrize("num_tasks", [0, 1])
 @pytest.mark.parametrize("network", NETWORKS)
-def test_a_growing_models_logits_on_some_samples_are_those_of_the_whole_split(network: str) -> None:
-    slow, candidate = make_candidate(NETWORKS[network], 1, 11, exact=False)
+def test_growing_models_logits_on_some_samples_are_those_of_the_whole_split(
+    network: str, num_tasks: int, together: int
+) -> None:
+    slow, candidate = make_candidate(NETWORKS[network], num_tasks, 11, exact=False)
     samples = torch.tensor([5, 0, 17])
-    grown = Grown(candidate, samples)
-    for theta in slow.thetas:
-        counts = candidate.counts([theta] * slow.depth)
-        torch.testing.assert_close(grown.advance(counts), candidate.logits(counts)[samples], rtol=1e-4, atol=1e-4)
+    same = [slow.thetas[len(slow.thetas) // 2]] * len(slow.thetas)
+    growing = [range(slow.depth), *([group] for group in range(slow.depth))]  # all groups, and each alone
+    for groups in growing:
+        path = candidate.path([slow.thetas if group in groups else same for group in range(slow.depth)])
+        grown = Grown(candidate, samples)
+        for start in range(0, len(path), together):
+            models = path[start : start + together]
+            expected = torch.stack([candidate.logits(counts)[samples] for counts in models])
+            torch.testing.assert_close(grown.advance(models), expected, rtol=1e-4, atol=1e-4)
 
 
 # By hand
