@@ -26,6 +26,7 @@ from clnp_search.clnp.ops import (
     Depthwise,
     Dropout,
     Flatten,
+    InstanceNorm,
     Linear,
     MaxPool,
     MeanPositions,
@@ -245,6 +246,17 @@ def _batch_norm(call: Call) -> Step:
     sources = {"scale": "weight", "shift": "bias"} if module.affine else {}
     sources |= {"mean": "running_mean", "variance": "running_var"}
     return call.node(BatchNorm(module.affine, module.eps, module.momentum), call.read(), sources=sources)
+
+
+@_traces("instancenorm2d groupnorm")
+def _instance_norm(call: Call) -> Step:
+    module = _layer(call)
+    if isinstance(module, nn.GroupNorm) and module.num_groups < module.num_channels:
+        raise NoNode(f"{call.label} {REASONS['groupnorm']}, or one group for each channel")
+    if getattr(module, "track_running_stats", False):
+        raise NoNode(f"{call.label} with running statistics: it would compute something else while training")
+    sources = {"scale": "weight", "shift": "bias"} if module.affine else {}
+    return call.node(InstanceNorm(module.affine, module.eps), call.read(dims=4), sources=sources)
 
 
 @_traces("prelu")

@@ -278,6 +278,25 @@ class BatchNorm(Channelwise):
 
 
 @dataclass(frozen=True)
+class InstanceNorm(Op):
+    """Each channel's map of each sample to mean 0 and deviation 1, in training and otherwise."""
+
+    affine: bool = True
+    epsilon: float = 1e-5
+
+    def shapes(self, rows: int, columns: int, taps: int) -> dict[str, tuple[int, ...]]:
+        return dict.fromkeys(("scale", "shift") if self.affine else (), (rows,))
+
+    def plain(self, inputs: Sequence[Tensor], tensors: Tensors, training: bool = False) -> Tensor:
+        value = inputs[0].float()
+        value = value - value.mean((2, 3), keepdim=True)
+        value = value * (value.square().mean((2, 3), keepdim=True) + self.epsilon).rsqrt()
+        if self.affine:
+            value = value * tensors["scale"][:, None, None] + tensors["shift"][:, None, None]
+        return value.to(inputs[0].dtype)
+
+
+@dataclass(frozen=True)
 class Activation(Op):
     """An elementwise function of `torch.nn.functional`, a key of `ACTIVATIONS`, with its arguments."""
 
@@ -528,6 +547,7 @@ OPS: dict[str, type[Op]] = {
         Dropout,
         Flatten,
         Identity,
+        InstanceNorm,
         Linear,
         MaxPool,
         MeanPositions,

@@ -70,9 +70,12 @@ class Traced:
             }
         return found
 
-    def require_alike(self, module: nn.Module, example: Tensor) -> None:
+    def require_alike(self, module: nn.Module, example: Tensor, log_softmax: bool) -> None:
         """Nothing, if the graph computes what the module does: with its own parameters, and with random ones, because
         zeros hide what they multiply.
+
+        Args:
+            log_softmax: Whether the module makes logarithms of probabilities of the logits.
 
         Raises:
             NetworkRefused: It does not.
@@ -86,6 +89,7 @@ class Traced:
         for others in ({}, drawn):
             output = functional_call(module, others, (example.clone(),))
             ours = run(self.graph, {INPUT: example}, self.tensors(module, others))[self.graph.nodes[-1].name]
+            ours = ours.log_softmax(1) if log_softmax else ours
             if not torch.allclose(ours, output, rtol=1e-3, atol=1e-3 * float(output.abs().max()), equal_nan=True):
                 reason = "computes something else than its layers one after another, as changes in place can do"
                 raise NetworkRefused([Refused(type(module).__name__, reason)])
@@ -125,7 +129,8 @@ class Traced:
 def trace(module: nn.Module, input_shape: tuple[int, ...]) -> Traced:
     """The graph of a module that takes batches of samples and gives logits [batch, classes].
 
-    Its last linear layer is the head, or a convolution that only parameterless steps follow. The module is not changed.
+    Its last linear layer is the head, or a convolution that only parameterless steps follow. A log-softmax at its end
+    is left out: the cross-entropy of what it gives is that of the logits. The module is not changed.
 
     Args:
         input_shape: (features,) or (C, H, W).
@@ -145,7 +150,7 @@ def trace(module: nn.Module, input_shape: tuple[int, ...]) -> Traced:
             walk = _Walk(module, tracer)
             walk.logits(example.clone())  # what it reads may be changed in place
             traced = walk.build(input_shape)
-            traced.require_alike(module, example)
+            traced.require_alike(module, example, walk.ends_in_log_softmax)
         with torch.enable_grad():
             output = module(example.clone())
     traced.require_trained(module, output)
@@ -225,7 +230,9 @@ class _Walk(fx.Interpreter):
         self._numbers: dict[fx.Node, Any] = {}
         self._owners: dict[int, str] = {}
         self._faults: list[Refused] = []
+        self._logits: dict[fx.Node, Value] = {}  # what each log-softmax over classes reads
         self._last: Step | None = None
+        self.ends_in_log_softmax = False
 
     def logits(self, example: Tensor) -> Tensor:
         """The logits of an example.
@@ -255,7 +262,10 @@ class _Walk(fx.Interpreter):
             self._failed.setdefault("", "")  # what comes after it is judged by its names alone
             raise NetworkRefused(self._reasons()) from error
         if n.op == "output":
-            self._last = self._values[n.args[0]].step if n.args[0] in self._values else None  # type: ignore[index]
+            last: Any = n.args[0]
+            self.ends_in_log_softmax = last in self._logits
+            found = self._logits.get(last) or self._values.get(last)
+            self._last = None if found is None else found.step
         elif n.op == "placeholder":
             self._values[n] = Value(self._append(Step(INPUT, "", tuple(value.shape), (), Op())), tuple(value.shape))
         elif isinstance(value, Tensor) or _holds_tensors(value):
@@ -282,6 +292,8 @@ class _Walk(fx.Interpreter):
         except NoNode as error:
             inputs = tuple(self._values[each].step.name for each in read)
             step = Step(f"{path}.{label}", path, shape, inputs, reason="".join(error.args))
+        if plain_name(label) == "logsoftmax" and len(shape) == 2 and call.settings(dim=None) in ([1], [-1]):
+            self._logits[node] = self._values[read[0]]
         value = Value(step if self._steps.get(step.name) is step else self._append(step), shape)
         self._values[node] = value
         if read and call.in_place:  # who reads the input from now on reads this

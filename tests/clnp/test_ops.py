@@ -21,6 +21,7 @@ from clnp_search.clnp.ops import (
     Conv,
     Depthwise,
     Dropout,
+    InstanceNorm,
     Linear,
     MaxPool,
     MeanPositions,
@@ -48,6 +49,8 @@ def test_every_op_is_among_those_that_are_tested() -> None:
         (Depthwise(stride=(2, 2)), nn.Conv2d(4, 4, 3, 2, groups=4)),
         (BatchNorm(), nn.BatchNorm2d(4)),
         (BatchNorm(affine=False, momentum=0.3, epsilon=0.1), nn.BatchNorm2d(4, 0.1, 0.3, affine=False)),
+        (InstanceNorm(), nn.InstanceNorm2d(4, affine=True)),
+        (InstanceNorm(affine=False, epsilon=0.1), nn.GroupNorm(4, 4, 0.1, affine=False)),
         (PRelu(), nn.PReLU(4)),
         (MaxPool((3, 3), (2, 2), (1, 1)), nn.MaxPool2d(3, 2, 1)),
         (AvgPool((3, 3), (2, 2), (1, 1), count_padding=False), nn.AvgPool2d(3, 2, 1, count_include_pad=False)),
@@ -59,7 +62,7 @@ def test_every_op_is_among_those_that_are_tested() -> None:
 @pytest.mark.parametrize("training", [False, True])
 def test_the_plain_form_is_torchs_module(op: Op, module: nn.Module, training: bool) -> None:
     names = {"weight": "weight", "bias": "bias", "running_mean": "mean", "running_var": "variance"}
-    if isinstance(op, BatchNorm):
+    if isinstance(op, BatchNorm | InstanceNorm):
         names |= {"weight": "scale", "bias": "shift"}
     elif isinstance(op, PRelu):
         names = {"weight": "slope"}

@@ -97,6 +97,9 @@ def reason(module: nn.Module, input_shape: tuple[int, ...] = MAPS) -> tuple[str,
         nn.Conv2d(4, 4, 3, padding=(1, 0), groups=4, bias=False),
         nn.BatchNorm2d(4, eps=1e-3),
         nn.BatchNorm2d(4, affine=False),
+        nn.InstanceNorm2d(4, eps=1e-3),
+        nn.InstanceNorm2d(4, affine=True),
+        nn.GroupNorm(4, 4),
         nn.PReLU(4),
         nn.MaxPool2d(3, 2, 1, ceil_mode=True),
         nn.MaxPool2d(2, 1, dilation=2),
@@ -173,6 +176,23 @@ def test_flat_values_are_traced_too() -> None:
     assert_same(nn.Sequential(*layers), (12,))
     graph = assert_same(nn.Sequential(*layers), (1, 3, 4))
     assert graph.shapes(graph.by_name["1"]) == {"weight": (6, 1, 12), "bias": (6,)}
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        lambda net, x: F.log_softmax(x, dim=1),
+        lambda net, x: x.log_softmax(-1),
+        lambda net, x: net.log_softmax(x),
+    ],
+)
+def test_a_log_softmax_at_the_end_is_left_out(end: Callable[[Any, Tensor], Tensor]) -> None:
+    layers = {"body": nn.Linear(6, 5), "head": nn.Linear(5, 3), "log_softmax": nn.LogSoftmax(1)}
+    module = randomised(Forward(lambda net, x: end(net, net.head(F.relu(net.body(x)))), **layers))
+    traced, example = trace(module, (6,)), torch.randn(4, 6)
+    assert traced.graph.nodes[-1].name == "head"
+    logits = run(traced.graph, {INPUT: example}, traced.tensors(module))["head"]
+    torch.testing.assert_close(logits.log_softmax(1), module(example))
 
 
 def test_a_layer_behind_a_flatten_reads_each_units_positions() -> None:
@@ -316,6 +336,7 @@ def test_a_network_without_a_unit_to_prune_is_refused() -> None:
         (nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), "padding_mode 'reflect'; allowed: zeros"),
         (nn.ConstantPad2d(1, 2.0), "ConstantPad2d with 2.0; allowed: zeros"),
         (nn.ReflectionPad2d(1), "ReflectionPad2d is none of the operations that are known"),
+        (nn.InstanceNorm2d(4, track_running_stats=True), "with running statistics"),
         (nn.BatchNorm2d(4, track_running_stats=False), "without running statistics"),
         (nn.PReLU(), "use PReLU(4)"),
         (nn.Upsample(scale_factor=2), "Upsample is none of the operations that are known"),
@@ -431,7 +452,9 @@ def test_units_that_meet_the_input_or_the_classes_are_refused() -> None:
     ("module", "part"),
     [
         (nn.Flatten(), "has no linear layer"),
-        (nn.Sequential(nn.Linear(6, 3), nn.LogSoftmax(1)), "logits are wanted as they are"),
+        (nn.Sequential(nn.Linear(6, 3), nn.LogSoftmax(0)), "logits are wanted as they are"),
+        (nn.Sequential(nn.Linear(6, 3), nn.Softmax(1)), "logits are wanted as they are"),
+        (nn.Sequential(nn.Linear(6, 3), nn.LogSoftmax(1), nn.ReLU()), "logits are wanted as they are"),
         (nn.Sequential(nn.Linear(6, 3), nn.BatchNorm1d(3)), "has parameters after the head"),
         (nn.Sequential(nn.Linear(6, 12), nn.Unflatten(1, (3, 2, 2))), "gives values of shape [batch, 3, 2, 2]"),
         (Forward(lambda net, x: {"out": net.head(x)}, head=nn.Linear(6, 3)), "gives a dict"),
