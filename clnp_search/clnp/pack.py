@@ -213,16 +213,14 @@ class Block:
         """A node's own value, from those that it reads.
 
         Args:
-            first: The first unit that is wanted, if not all are: of one point, and of one group.
+            first: The first unit that is wanted, if not all are: of one point, and of one group. What is no layer is
+                given its inputs from there on.
         """
         tensors = self.tensors.get(node.name, {})
         if first:
             tensors = {name: tensor[:, first:] for name, tensor in tensors.items()}
         if not isinstance(node.op, Reader):
-            read = [graph.by_name[name] for name in node.inputs if name in values]
-            own = [values[each.name] for each in read]
-            if first:
-                own = [_channels_from(value, first * each.taps) for value, each in zip(own, read, strict=True)]
+            own = [values[name] for name in node.inputs if name in values]
             if training and node.name in graph.in_place:
                 return node.op.overwriting(own, graph.in_place[node.name])
             return node.op.packed(own, tensors, self.points, training)
@@ -247,11 +245,6 @@ class Block:
         if node.positions:
             return bias.to(dtype).view(1, -1, 1, 1).repeat(batch, 1, *node.positions)
         return bias.to(dtype).view(-1, 1).repeat(1, batch)
-
-
-def _channels_from(value: Tensor, first: int) -> Tensor:
-    """The channels of one point's value from one on; a view."""
-    return value[:, first:] if value.ndim == 4 else value[first:]
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from clnp_search.clnp.graph import INPUT, Node
-from clnp_search.clnp.ops import Reader
+from clnp_search.clnp.ops import Linear, Reader
 from clnp_search.clnp.pack import CACHE_BYTES, Block, Features, Trunk
 from clnp_search.clnp.state import FreeParameters, State, mean_outputs, own_index, shift
 from clnp_search.records import CurveStep, ScanRecord
@@ -108,6 +108,27 @@ class Candidate:
         return Block(self.graph, kept, tensors, self.state.architecture.head == "multi")
 
     @cached_property
+    def passing(self) -> set[str]:
+        """Nodes that are read unit by unit alone: of a unit whose values stay, theirs are not needed any more."""
+        nodes = self.graph.pooled_first.nodes
+        read = {name for node in nodes for name in node.inputs}
+        beyond = {name for node in nodes if isinstance(node.op, Reader) or len(node.inputs) > 1 for name in node.inputs}
+        several = {node.name for node in nodes if len(node.groups) > 1}
+        return {node.name for node in nodes if not isinstance(node.op, Linear)} & read - beyond - several
+
+    @cached_property
+    def held_bytes(self) -> int:
+        """What `Grown` holds of a sample, at most: values, and what layers read of frozen units."""
+        order, active = self.graph.pooled_first, {INPUT: self.graph.input_shape, **self.state.active()}
+        values = [node.name for node in order.nodes if node.name not in self.passing]
+        given = [
+            node.name
+            for node in order.nodes
+            if isinstance(node.op, Reader) and any(len(active[group]) for group in order.source(node).groups)
+        ]
+        return 4 * sum(order.value_size(name, order.groups) for name in [*values, *given])
+
+    @cached_property
     def unbiased(self) -> Block:
         """The model that keeps all units, its layers without their biases."""
         whole = self.model(self.all)
@@ -163,46 +184,71 @@ class Grown:
     def advance(self, path: Sequence[Counts]) -> Tensor:
         """Logits [K, S, C] of K models on a path; none has fewer units than the one before, or than the last time."""
         if not self._hold:
-            models = map(self._candidate.model, path)
-            return torch.cat([each.logits(each.forward(self._levels, graph=self._order)) for each in models]).mT
+            blocks = map(self._candidate.model, path)
+            return torch.cat([each.logits(each.forward(self._levels, graph=self._order)) for each in blocks]).mT
         model, samples = self._candidate.model(path[-1]), len(self.labels)
         kept = {group: torch.tensor(counts) for group, *counts in zip(self._candidate.groups, *path, strict=True)}
         differ = {group for group, counts in kept.items() if counts[0] < counts[-1]}
         apart: set[str] = set()  # nodes whose values differ from model to model
-        stay = dict.fromkeys(self._order.by_name, 0)  # units of each node whose values stay
+        before, stay = dict(self._units), dict.fromkeys(self._units, 0)  # units that were there, and whose values stay
         for node in self._order.nodes:
-            units = model.width(node) // node.taps
-            is_reader = isinstance(node.op, Reader)
-            reads_others = is_reader and not differ.isdisjoint(self._order.source(node).groups)
+            source, is_reader = self._order.source(node), isinstance(node.op, Reader)
+            reads_others = is_reader and not differ.isdisjoint(source.groups)
             if reads_others or not apart.isdisjoint(node.inputs):
                 apart.add(node.name)
             elif all(stay[name] == self._units[name] for name in node.inputs):
-                stay[node.name] = self._units[node.name]
+                stay[node.name] = before[node.name]
             elif not is_reader and len(node.groups) == 1:
                 stay[node.name] = min(stay[name] for name in node.inputs)
-            self._units[node.name], first = units, stay[node.name]
-            if first == units:
+            self._units[node.name], first = model.width(node) // node.taps, stay[node.name]
+            if first == self._units[node.name]:
                 continue
+            models = len(path) if node.name in apart else 1
             read = {name: self._values[name] for name in node.inputs if name in self._values}
-            if reads_others:
-                read = {
-                    name: _without_pruned(value, samples, self._order.by_name[name], kept)
-                    for name, value in read.items()
-                }
-            elif node.name in apart:
-                read = {name: _for_each(value, samples, len(path)) for name, value in read.items()}
-            if is_reader:
-                value = self._read(model, node, read, first, len(path) if node.name in apart else 1)
+            if self._can_add(node) and 0 < stay[source.name] < self._units[source.name]:
+                value = self._added(model, node, stay[source.name], kept)
+            elif is_reader:
+                read = {name: _without_pruned(value, samples, source, kept) for name, value in read.items()}
+                value = self._read(model, node, read, first, models)
             else:
+                read = {name: _for_each(self._from(name, first), samples, models) for name in read}
                 value = model.compute(self._order, node, read, self._levels, first=first)
-            if first:
+            if first and node.name not in self._candidate.passing:
                 value = torch.cat([self._values[node.name], value], 1 if value.ndim == 4 else 0)
             self._values[node.name] = value
         logits = model.logits(self._values)[0].unflatten(1, (-1, samples)).permute(1, 2, 0)
+        for name in self._candidate.passing:
+            self._values.pop(name, None)
         for name in apart & self._values.keys():
             value = self._values[name]
             self._values[name] = value[-samples:] if value.ndim == 4 else value[:, -samples:]
         return logits.expand(len(path), -1, -1)
+
+    def _from(self, name: str, first: int) -> Tensor:
+        """A node's value from a unit on."""
+        value, start = self._values[name], first * self._order.by_name[name].taps
+        if name in self._candidate.passing:  # it begins there
+            return value
+        return value[:, start:] if value.ndim == 4 else value[start:]
+
+    def _can_add(self, node: Node) -> bool:
+        """Whether what new units give is added to the value that a layer had.
+
+        Of dense ones it is: a convolution of one channel takes as long as one of many.
+        """
+        one_group = len(self._order.source(node).groups) == 1
+        stays = node.name in self._values and node.name not in self._candidate.given
+        return isinstance(node.op, Linear) and one_group and stays
+
+    def _added(self, model: Block, node: Node, there: int, kept: Mapping[str, Tensor]) -> Tensor:
+        """The value of a dense layer for each model; the last one had the first `there` units of its input."""
+        value, source, samples = self._values[node.name], self._order.source(node), len(self.labels)
+        read, weight = self._values[source.name], model.tensors[node.name]["weight.own"][0]
+        if len(value) < len(weight):
+            rows = weight[len(value) :, :there].flatten(1) @ read[: there * source.taps]
+            value = torch.cat([value, rows + self._read(model, node, {}, len(value), 1)])
+        more = _without_pruned(read[there * source.taps :], samples, source, kept, there)
+        return _joined(_by_model(weight[:, there:].flatten(1) @ more, samples) + _by_model(value, samples))
 
     def _read(self, model: Block, node: Node, own: dict[str, Tensor], first: int, models: int) -> Tensor:
         """A layer's value from its unit `first` on."""
@@ -233,10 +279,16 @@ def _for_each(value: Tensor, samples: int, models: int) -> Tensor:
     return _joined(each.expand(models, -1, -1, -1, -1) if each.ndim == 5 else each.expand(-1, models, -1))
 
 
-def _without_pruned(value: Tensor, samples: int, node: Node, kept: Mapping[str, Tensor]) -> Tensor:
-    """A node's value for each model, without the units beyond those that it keeps of each group [K]."""
+def _without_pruned(value: Tensor, samples: int, node: Node, kept: Mapping[str, Tensor], first: int = 0) -> Tensor:
+    """A node's value for each model, without the units beyond those that it keeps of each group [K].
+
+    Args:
+        first: The unit that the value begins with.
+    """
     of_groups = [kept[group] for group in node.groups if group in kept]
-    is_kept = torch.cat([torch.arange(int(counts[-1]))[:, None] < counts for counts in of_groups])
+    if all(counts[0] == counts[-1] for counts in of_groups):
+        return value
+    is_kept = torch.cat([torch.arange(int(counts[-1]))[:, None] < counts for counts in of_groups])[first:]
     is_kept = is_kept.repeat_interleave(node.taps, 0).to(value.device)
     each = _by_model(value, samples)
     return _joined(each * (is_kept.T[:, None, :, None, None] if each.ndim == 5 else is_kept[:, :, None]))
@@ -272,9 +324,7 @@ def _next_possible(candidate: Candidate, path: list[Counts], start: int, logits:
     hardest = _margins(logits, candidate.labels).argsort()[: 2 * allowed + 64]
     parts = hardest.split(candidate.features.batch_size)
     together = 1 if candidate.given else candidate.features.batch_size // len(parts[0])
-    graph = candidate.graph
-    values = sum(graph.value_size(node.name, graph.groups) for node in graph.nodes)
-    part_bytes = 8 * together * len(parts[0]) * values
+    part_bytes = together * len(parts[0]) * candidate.held_bytes
     grown: list[Grown] = []
     for position in range(start, len(path), together):
         models = path[position : position + together]
