@@ -87,6 +87,7 @@ def plan_run(sequence: TaskSequence, folder: RunFolder, capacity: Capacity, meas
     Raises:
         InputError: There is no memory to measure in.
     """
+    sequence.warn_of_slow_scan()
     done = folder.read_results()
     units = done[-1].units if done else {}
     is_clnp = sequence.sweep.method == "clnp"  # in a baseline no unit is ever frozen
@@ -152,12 +153,15 @@ class _Workload:
         self.waves = math.ceil(len(self.packs) / capacity.num_slots) * math.ceil(self.num_points / len(self.points))
         self.pack_size = max(len(pack) for pack in self.packs)
         self.step_flop = self.pack_size * sample_flop * sweep.training.batch_size
-        # Validation is a third of training's arithmetic, and the scan takes less than one epoch. Fine-tuning is counted
-        # as if every point were a candidate.
+        # Validation is a third of training's arithmetic. Scans are counted as if every point were a candidate, each as
+        # one epoch at least.
         share = (len(data.train) + len(data.validation) / 3) / len(data.train)
-        rounds = sweep.forgetting.finetune_rounds if sweep.method == "clnp" else 0
+        is_clnp, scan = sweep.method == "clnp", 1.0
+        if is_clnp and sample_flop:
+            scan = max(scan, sequence.scan_flop(architecture, active, index) / (len(data.train) * sample_flop))
+        rounds = sweep.forgetting.finetune_rounds if is_clnp else 0
         epochs = sweep.training.epochs + rounds * sweep.forgetting.finetune_epochs
-        self.steps = self.waves * steps * (epochs * share + 1 + rounds)
+        self.steps = self.waves * steps * (epochs * share + (1 + rounds) * scan)
 
     def seconds(self, pace: Pace) -> float:
         """How long the task takes at this pace."""

@@ -62,6 +62,7 @@ from clnp_search.search.points import (
     point_key,
     retrained,
     round_plan,
+    scan_flop,
     training_flop,
 )
 from clnp_search.search.proposals import agree, as_points, first_points
@@ -76,6 +77,7 @@ if TYPE_CHECKING:
     from clnp_search.search.tuning import Program
 
 logger = logging.getLogger(__name__)
+FEW_STEPS = 64  # thresholds that a scan of few tries
 
 
 class TaskSequence:
@@ -214,6 +216,28 @@ class TaskSequence:
         samples = (index + 1 if joint else 1) * len(data.train) * training.epochs
         return samples * training_flop(architecture, active, data.info.num_classes)
 
+    def scan_flop(self, architecture: Architecture, active: Mapping[str, int], index: int) -> int:
+        """Floating-point operations of one candidate's scan, about; arguments as `memory` has."""
+        data, rules = self.data(index), self.sweep.forgetting
+        one = scan_flop(architecture, active, data.info.num_classes, rules.theta_steps)
+        # About half of the samples say enough of a model. Single groups are raised in two orders after all together.
+        paths = 3 if rules.theta == "per_layer" and not architecture.graph.is_dense else 1
+        return paths * one * len(data.validation) // 2
+
+    def warn_of_slow_scan(self) -> None:
+        """Says so where a candidate's scan is more work than its training."""
+        if self.sweep.method != "clnp" or (self.sweep.forgetting.theta_steps or math.inf) <= FEW_STEPS:
+            return
+        work = [flop(self.architecture, {}, 0) for flop in (self.scan_flop, self.point_flop)]
+        if work[0] > work[1]:
+            logger.warning(
+                "the scan of a candidate, through %d thresholds, is %.1f times as much work as its training; "
+                "forgetting.theta_steps: %d tries as many",
+                self.sweep.forgetting.theta_steps or sum(self.architecture.graph.groups.values()),
+                work[0] / work[1],
+                FEW_STEPS,
+            )
+
     def packs(
         self,
         points: Sequence[Point],
@@ -255,6 +279,7 @@ class Runner:
         self._sequence.check()
         if self._sweep.training.precision == "bf16" and self._cluster.device == "cpu":
             _warn_of_slow_bf16(self._sweep.resources.cpu)
+        self._sequence.warn_of_slow_scan()
         architecture = self._sequence.architecture
         self._packs(first_points(self._sweep, 0, None, architecture.graph.layers), 0, architecture, {})
 

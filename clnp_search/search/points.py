@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 from clnp_search.clnp.graph import CLASSES, INPUT, Node
-from clnp_search.clnp.ops import Reader
+from clnp_search.clnp.ops import Linear, Reader
 from clnp_search.clnp.pack import CACHE_BYTES, LARGEST_BATCH, evaluation_batch, is_one_block, microbatch
 from clnp_search.clnp.state import Architecture
 from clnp_search.config import ForgettingConfig, Sweep
@@ -184,6 +184,32 @@ def training_flop(architecture: Architecture, active: Mapping[str, int], num_cla
         if isinstance(op, Reader):
             flop += 2 * op.flop(layer.rows, layer.shared, layer.taps, positions)
     return flop
+
+
+def scan_flop(architecture: Architecture, active: Mapping[str, int], num_classes: int, steps: int | None = None) -> int:
+    """Floating-point operations of one sample in all models that a scan of one threshold for all groups tries.
+
+    Each has a unit more than the one before, and what depends on that unit is computed again; but a dense layer that
+    reads it adds what it gives.
+
+    Args:
+        active: Units of each group that are frozen already.
+        steps: Tries that many thresholds instead of all.
+    """
+    graph = architecture.graph
+    flop = {
+        layer.node.name: layer.node.op.flop(layer.rows, layer.own, layer.taps, math.prod(layer.node.positions))
+        for layer in _trained(architecture, active, num_classes)
+    }
+    total = 0
+    for group, units in _free_units(architecture, active).items():
+        again: set[str] = set()
+        for node in graph.nodes:
+            reads = isinstance(node.op, Reader) and group in graph.source(node).groups
+            if reads or not again.isdisjoint(node.inputs):
+                again.add(node.name)
+                total += 0 if reads and isinstance(node.op, Linear) else units * flop[node.name]
+    return total if steps is None else min(total, steps * sum(flop.values()))
 
 
 def _free_units(architecture: Architecture, active: Mapping[str, int]) -> dict[str, int]:

@@ -59,6 +59,14 @@ def test_every_task_has_a_time_that_says_where_it_is_from(cli: Cli) -> None:
     assert plan["seconds_from"].startswith("assumed: 75% of this machine's ")
 
 
+def test_scans_that_are_more_work_than_training_are_said(cli: Cli) -> None:
+    deep = ["--set", "network.hidden=[200, 200, 200]", "--set", "training.epochs=1", "--set", "search.alpha=1e-4"]
+    said, few = cli("plan", "sweep.yaml", *deep), cli("plan", "sweep.yaml", *deep, "--set", "forgetting.theta_steps=64")
+    assert "through 600 thresholds" in said.stderr
+    assert "forgetting.theta_steps: 64 tries as many" in said.stderr
+    assert "thresholds" not in few.stderr + cli("plan", "sweep.yaml").stderr
+
+
 def test_a_few_steps_can_be_trained_for_the_time(cli: Cli) -> None:
     plan = cli.json("plan", "sweep.yaml", "--measure", "--set", "search.tasks=first")
     assert plan["seconds_from"].startswith("measured: ")
