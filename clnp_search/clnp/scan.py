@@ -121,12 +121,12 @@ class Candidate:
         """What `Grown` holds of a sample, at most: values, and what layers read of frozen units."""
         order, active = self.graph.pooled_first, {INPUT: self.graph.input_shape, **self.state.active()}
         values = [node.name for node in order.nodes if node.name not in self.passing]
-        given = [
+        shared = [
             node.name
             for node in order.nodes
             if isinstance(node.op, Reader) and any(len(active[group]) for group in order.source(node).groups)
         ]
-        return 4 * sum(order.value_size(name, order.groups) for name in [*values, *given])
+        return 4 * sum(order.value_size(name, order.groups) for name in [*values, *shared])
 
     @cached_property
     def unbiased(self) -> Block:
@@ -164,8 +164,9 @@ class Grown:
     """A candidate's models on a few samples, while they gain units.
 
     What does not change is kept: what the frozen units give, all values before the first layer that reads a new unit,
-    and of layers that read what they read before, the units that they had. Models that are evaluated at once stand one
-    behind another as samples, from the first layer on that reads different units in them.
+    and of layers that read what they read before, the units that they had. A dense layer that reads new units keeps its
+    values too, and adds what these give. Models that are evaluated at once stand one behind another as samples, from
+    the first layer on that reads different units in them.
 
     Args:
         hold: Whether values are kept at all, which takes memory.
@@ -176,7 +177,7 @@ class Grown:
         self._candidate, self._hold = candidate, hold
         self._levels, self.labels = candidate.features.batch(samples)
         self._order = candidate.graph.pooled_first
-        self._given: dict[str, Tensor] = {}  # what each layer's units, all of them, read of the frozen ones
+        self._shared: dict[str, Tensor] = {}  # what each layer's units, all of them, read of the frozen ones
         self._values: dict[str, Tensor] = {}  # of the last model
         self._units = dict.fromkeys(self._order.by_name, 0)
 
@@ -256,11 +257,11 @@ class Grown:
         value = model.compute(self._order, node, own, nothing, first=first)
         if model.shared(self._order, node, self._levels) is None:
             return value
-        if node.name not in self._given:
-            self._given[node.name] = self._candidate.unbiased.compute(self._order, node, {}, self._levels)
-        given, units = self._given[node.name], model.width(node)
-        given = given[:, first:units] if given.ndim == 4 else given[first:units]
-        return _joined(_by_model(value, len(self.labels)) + _by_model(given, len(self.labels)))
+        if node.name not in self._shared:
+            self._shared[node.name] = self._candidate.unbiased.compute(self._order, node, {}, self._levels)
+        shared, units = self._shared[node.name], model.width(node)
+        shared = shared[:, first:units] if shared.ndim == 4 else shared[first:units]
+        return _joined(_by_model(value, len(self.labels)) + _by_model(shared, len(self.labels)))
 
 
 def _by_model(value: Tensor, samples: int) -> Tensor:
@@ -323,6 +324,7 @@ def _next_possible(candidate: Candidate, path: list[Counts], start: int, logits:
     """
     hardest = _margins(logits, candidate.labels).argsort()[: 2 * allowed + 64]
     parts = hardest.split(candidate.features.batch_size)
+    # Biases that make up for what is pruned differ from model to model.
     together = 1 if candidate.given else candidate.features.batch_size // len(parts[0])
     part_bytes = together * len(parts[0]) * candidate.held_bytes
     grown: list[Grown] = []
