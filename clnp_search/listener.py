@@ -22,6 +22,9 @@ class Listener:
     def points_finished(self, records: Sequence[PointRecord]) -> None:
         """All points of the task are recorded."""
 
+    def scanning(self, done: int, total: int, models: int) -> None:
+        """Threshold scans are under way, and have tried so many models; as many candidates are done."""
+
     def scanned(self, done: int, total: int) -> None:
         """Some of the candidates' threshold scans are done."""
 

@@ -618,7 +618,12 @@ class Runner:
                 )
             missing.append(record.point)
         retries = self._sweep.search.max_failures
-        for scan in self._cluster.scan(self._shared, inputs, missing, limit, rule, retries):
+
+        def listen(models: int) -> None:
+            for listener in self._listeners:
+                listener.scanning(len(scans), len(inside), models)
+
+        for scan in self._cluster.scan(self._shared, inputs, missing, limit, rule, retries, listen):
             self._folder.write_scan(task, scan)
             scans.append(scan)
             for listener in self._listeners:

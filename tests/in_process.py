@@ -66,6 +66,7 @@ class InProcess:
         min_correct: int,
         rule: str,
         retries: int,
+        listen: Callable[[int], None],
     ) -> Iterator[ScanRecord]:
         return (scan_point(TaskInputs(shared, *of_task), point, min_correct, rule) for point in points)
 

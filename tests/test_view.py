@@ -87,6 +87,19 @@ def test_a_terminal_shows_sequence_task_and_the_best_point_so_far(clock: Clock) 
     assert lines[-1] == "best validation accuracy 87.50% by p001 (alpha 1e-05, learning rate 0.001)"
 
 
+def test_scans_say_how_many_models_they_have_tried(clock: Clock) -> None:
+    def happen(seen: LiveView) -> None:
+        seen.task_planned(PLAN, [])
+        seen.points_finished(RECORDS)
+        for models in (1000, 2000):
+            clock.now += 40
+            seen.scanning(1, 3, models)
+
+    assert "run: task 0 of 3 (first), scanning thresholds, 1 of 3 (2,000 models)" in shown(happen)
+    lines = [line for line in shown(happen, terminal=False) if "models" in line]
+    assert lines == ["task 0 of 3: scanning thresholds, 1 of 3 (2,000 models)"]  # one a minute
+
+
 def test_a_pack_that_is_half_trained_has_finished_no_point(clock: Clock) -> None:
     assert any("0 of 4 points trained, 25% of the epochs" in line for line in shown(training(clock, 30)))
     done = PackProgress({0: 10, 1: 10, 2: 1})

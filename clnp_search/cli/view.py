@@ -109,6 +109,12 @@ class LiveView(Listener):
                 self._line(f"{self._task()}: {record.point.name} failed: {record.reason}", "✗", "red")
         self._line(f"{self._task()}: {self._stage}; {self._best()}")
 
+    def scanning(self, done: int, total: int, models: int) -> None:
+        """Counts the models of the scans under way."""
+        self._stage = f"scanning thresholds, {done} of {total} ({models:,} models)"
+        if time.monotonic() - self._line_at > LINE_EVERY_S:
+            self._line(f"{self._task()}: {self._stage}")
+
     def scanned(self, done: int, total: int) -> None:
         """Counts the scans."""
         self._stage = f"scanning thresholds, {done} of {total}"

@@ -47,13 +47,16 @@ class Candidate:
         trained: The point's parameters and activities.
         inputs: [N, ...] of the validation split, as the network takes samples.
         labels: [N] int64.
+
+    Attributes:
+        tried: Models that a scan has gone through so far.
     """
 
     def __init__(
         self, state: State, trained: FreeParameters, inputs: Tensor, labels: Tensor, cache_bytes: int = CACHE_BYTES
     ) -> None:
         graph, device = state.graph, inputs.device
-        self.state, self.graph, self.labels = state, graph, labels
+        self.state, self.graph, self.labels, self.tried = state, graph, labels, 0
         self.groups = tuple(graph.groups)
         order = {group: torch.argsort(trained.activities[group], descending=True, stable=True) for group in self.groups}
         self.activities = [trained.activities[group][order[group]] for group in self.groups]
@@ -336,6 +339,7 @@ def _next_possible(candidate: Candidate, path: list[Counts], start: int, logits:
                 grown.append(Grown(candidate, samples, hold=(index + 1) * part_bytes <= HELD_BYTES))
             wrong = wrong + _clearly_wrong(grown[index].advance(models), grown[index].labels)
             if (wrong > allowed).all():
+                candidate.tried += len(models)
                 break
         else:
             return position + int((wrong <= allowed).nonzero()[0])

@@ -16,6 +16,7 @@ import traceback
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import cached_property
 from importlib import metadata
@@ -47,12 +48,14 @@ from clnp_search.search.retries import cause_of, in_new_process, pause, tried
 from clnp_search.storage import RunFolder
 
 if TYPE_CHECKING:
+    from clnp_search.clnp.scan import Candidate
     from clnp_search.config import ResourcesConfig
     from clnp_search.records import PackProgress, Point, ScanRecord
     from clnp_search.search.trial import OfTask, RunInputs
     from clnp_search.search.tuning import Program
 
 logger = logging.getLogger(__name__)
+SCAN_REPORT_S = 2.0
 # What Tune gives to its trials, and they to their packs: a process serves only tasks of the same environment.
 TRIAL_ENVIRONMENT = {
     "env_vars": {"PL_DISABLE_FORK": "1", "RAY_CHDIR_TO_TRIAL_DIR": os.environ["RAY_CHDIR_TO_TRIAL_DIR"]}
@@ -221,18 +224,20 @@ class Cluster:
         min_correct: int,
         rule: str,
         max_failures: int,
+        listen: Callable[[int], None] = lambda models: None,
     ) -> Iterator[ScanRecord]:
         """Scans candidates in parallel; gives each record as it is done.
 
         Args:
             shared, of_task: The inputs of the run and of the task, as `share` gave them.
             max_failures: How often a scan is tried again.
+            listen: Is told now and then how many models the scans under way have tried.
 
         Raises:
             MachineFault: A scan failed more often than that.
         """
         remote = ray.remote(**self._options, max_retries=0, runtime_env=TRIAL_ENVIRONMENT)(_scan_task)
-        left, failures = list(points), Counter[str]()
+        left, failures, models = list(points), Counter[str](), Counter[str]()
         running: dict[ray.ObjectRefGenerator, Point] = {}
         while left or running:
             # No more at a time than can run: for tasks that wait, Ray would start processes.
@@ -241,11 +246,16 @@ class Cluster:
                 attempt = remote.options(**in_new_process(failures[point.name], TRIAL_ENVIRONMENT))
                 running[attempt.remote(shared, of_task, point, min_correct, rule)] = point
             done, _ = ray.wait(list(running))
-            point = running.pop(done[0])
+            point = running[done[0]]
             try:
                 found = ray.get(next(done[0]))
             except ray.exceptions.RayError as error:
                 found = cause_of(error)
+            if isinstance(found, int):
+                models[point.name] = found
+                listen(models.total())
+                continue
+            del running[done[0]], models[point.name]
             if not isinstance(found, str):
                 yield found
                 continue
@@ -332,12 +342,19 @@ def _init(address: str, **options: Any) -> None:
 
 def _scan_task(
     shared: RunInputs, of_task: OfTask, point: Point, min_correct: int, rule: str
-) -> Iterator[ScanRecord | str]:
-    """The scan, or what went wrong, after which the process ends, as one of `tuning` does."""
+) -> Iterator[int | ScanRecord | str]:
+    """The number of models that were tried so far, now and then; then the scan, or what went wrong, after which the
+    process ends, as one of `tuning` does.
+    """
     try:
         from clnp_search.search.trial import TaskInputs, scan_point
 
-        yield scan_point(TaskInputs(shared, *of_task), point, min_correct, rule)
+        begun: list[Candidate] = []
+        with ThreadPoolExecutor(1) as pool:
+            scanning = pool.submit(scan_point, TaskInputs(shared, *of_task), point, min_correct, rule, begun.append)
+            while wait([scanning], SCAN_REPORT_S).not_done:
+                yield sum(candidate.tried for candidate in begun)
+        yield scanning.result()
     except Exception as error:
         yield cause_of(error)
         sys.exit(1)

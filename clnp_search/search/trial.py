@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -310,8 +310,18 @@ def _computing() -> Iterator[None]:
         raise PointFault(f"{type(error).__name__}: {error}") from error
 
 
-def scan_point(inputs: TaskInputs, point: Point, min_correct: int, rule: str) -> ScanRecord:
-    """The threshold scan of a finished point, in float32 like the subnetwork that is cut at its threshold."""
+def scan_point(
+    inputs: TaskInputs,
+    point: Point,
+    min_correct: int,
+    rule: str,
+    begun: Callable[[Candidate], None] = lambda candidate: None,
+) -> ScanRecord:
+    """The threshold scan of a finished point, in float32 like the subnetwork that is cut at its threshold.
+
+    Args:
+        begun: Is given the candidate, which counts the models that are tried.
+    """
     device = _prepare(inputs)
     set_precision("float32")
     folder, task, number = RunFolder(inputs.run.folder), inputs.plan.task, inputs.plan.round
@@ -319,6 +329,7 @@ def scan_point(inputs: TaskInputs, point: Point, min_correct: int, rule: str) ->
     if record is None:
         raise FileNotFoundError(f"{folder.uri}: task {task}: the record of {point.name_in(number)} is missing")
     candidate = _candidate(inputs, folder.read_trained(task, record), device)
+    begun(candidate)
     found = scan(candidate, point.index, min_correct, rule)
     _release()
     of = replace(found, key=record.key, parameters_sha256=record.parameters_sha256, round=number)

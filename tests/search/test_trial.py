@@ -12,9 +12,10 @@ import torch
 from builders import make_inputs
 
 from clnp_search.clnp.pack import Features, Pack
+from clnp_search.clnp.scan import Candidate
 from clnp_search.clnp.state import State
 from clnp_search.records import PointRecord
-from clnp_search.search import trial
+from clnp_search.search import cluster, trial
 from clnp_search.search.points import pack_name
 from clnp_search.storage import RunFolder
 
@@ -175,6 +176,20 @@ def test_a_trial_keeps_frozen_outputs_as_its_plan_allows(tmp_path: Path, monkeyp
     run_all(inputs)
     trial.scan_point(inputs, inputs.plan.points[0], 0, "global")
     assert allowed == {1234}
+
+
+def test_a_scan_says_now_and_then_how_many_models_it_has_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = make_inputs(tmp_path)
+    run_all(inputs)
+    point, limit = inputs.plan.points[0], len(inputs.data().validation) + 1  # which no model reaches
+    monkeypatch.setattr(cluster, "SCAN_REPORT_S", 0.0)
+    begun: list[Candidate] = []
+    expected = trial.scan_point(inputs, point, limit, "global", begun.append)
+    assert 0 < begun[0].tried <= sum(inputs.state.graph.groups.values())
+    *models, found = cluster._scan_task(inputs.run, (inputs.plan, inputs.state, None), point, limit, "global")
+    assert found == replace(expected, seconds=found.seconds)
+    assert models == sorted(models)
+    assert set(models) <= set(range(begun[0].tried + 1))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
