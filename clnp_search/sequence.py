@@ -77,7 +77,7 @@ if TYPE_CHECKING:
     from clnp_search.search.tuning import Program
 
 logger = logging.getLogger(__name__)
-FEW_STEPS = 64  # thresholds that a scan of few tries
+FEW_STEPS = 64  # thresholds for networks whose scans are too long
 
 
 class TaskSequence:
@@ -232,9 +232,10 @@ class TaskSequence:
         if work[0] > work[1]:
             logger.warning(
                 "the scan of a candidate, through %d thresholds, is %.1f times as much work as its training; "
-                "forgetting.theta_steps: %d tries as many",
+                "forgetting.theta_steps: %d tries %d of them",
                 self.sweep.forgetting.theta_steps or sum(self.architecture.graph.groups.values()),
                 work[0] / work[1],
+                FEW_STEPS,
                 FEW_STEPS,
             )
 
