@@ -230,10 +230,9 @@ class Grown:
 
     def _from(self, name: str, first: int) -> Tensor:
         """A node's value from a unit on."""
-        value, start = self._values[name], first * self._order.by_name[name].taps
-        if name in self._candidate.passing:  # it begins there
-            return value
-        return value[:, start:] if value.ndim == 4 else value[start:]
+        value = self._values[name]
+        begins_there = name in self._candidate.passing
+        return value if begins_there else _channels(value, first * self._order.by_name[name].taps)
 
     def _can_add(self, node: Node) -> bool:
         """Whether what new units give is added to the value that a layer had.
@@ -263,8 +262,13 @@ class Grown:
         if node.name not in self._shared:
             self._shared[node.name] = self._candidate.unbiased.compute(self._order, node, {}, self._levels)
         shared, units = self._shared[node.name], model.width(node)
-        shared = shared[:, first:units] if shared.ndim == 4 else shared[first:units]
+        shared = _channels(shared, first, units)
         return _joined(_by_model(value, len(self.labels)) + _by_model(shared, len(self.labels)))
+
+
+def _channels(value: Tensor, first: int, end: int | None = None) -> Tensor:
+    """Some channels of a value."""
+    return value[:, first:end] if value.ndim == 4 else value[first:end]
 
 
 def _by_model(value: Tensor, samples: int) -> Tensor:
