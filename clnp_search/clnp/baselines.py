@@ -295,6 +295,7 @@ class Held(Regulariser):
 
     def __init__(self, pack: Pack, state: State, shares: Sequence[float]) -> None:
         owner, first = _parts(state, state.memory.get("owner", {}), pack), not state.tasks
+        lacking = _parts(state, {f"{name}/weight": lacks for name, lacks in pack.graph.lacking.items()}, pack)
         self._shares = list(shares)
         self._tensors, self._held, self._fixed = list[Tensor](), list[Tensor](), list[Tensor]()
         layers: dict[tuple[str, int], list[tuple[int, slice]]] = {}
@@ -303,6 +304,7 @@ class Held(Regulariser):
                 continue
             if "/weight" in name:
                 held = (owner[name] != FREE).expand_as(tensor) if name in owner else torch.zeros_like(tensor) > 0
+                held = held | lacking.get(name, held)
                 layers.setdefault((name.rpartition("/")[0], points.start), []).append((len(self._tensors), points))
             else:
                 held = torch.full_like(tensor, not first, dtype=torch.bool)

@@ -26,6 +26,7 @@ from clnp_search.clnp.ops import (
     Depthwise,
     Dropout,
     Flatten,
+    GroupedConv,
     InstanceNorm,
     Linear,
     MaxPool,
@@ -216,11 +217,6 @@ def _linear(call: Call) -> Step:
 def _convolution(call: Call) -> Step:
     module = _layer(call)
     depthwise = 1 < module.groups == module.in_channels == module.out_channels
-    if module.groups > 1 and not depthwise:
-        channels = f"{module.in_channels} -> {module.out_channels} channels"
-        raise NoNode(
-            f"{call.label} of {channels} in {module.groups} groups; allowed: one, or one for each channel in and out"
-        )
     if module.padding_mode != "zeros":
         raise NoNode(f"{call.label} with padding_mode {module.padding_mode!r}; allowed: zeros")
     kernel, stride, dilation = _pair(module.kernel_size), _pair(module.stride), _pair(module.dilation)
@@ -232,7 +228,11 @@ def _convolution(call: Call) -> Step:
     else:
         padding = (0, 0) if module.padding == "valid" else _pair(module.padding)
     sources = {name: name for name, _ in module.named_parameters()}
-    op = (Depthwise if depthwise else Conv)("bias" in sources, kernel, stride, padding, dilation)
+    settings = "bias" in sources, kernel, stride, padding, dilation
+    op: Op = (Depthwise if depthwise else Conv)(*settings)
+    if module.groups > 1 and not depthwise:
+        each = module.out_channels // module.groups, module.in_channels // module.groups
+        op = GroupedConv(*settings, module.groups, *each)
     return call.node(op, call.read(dims=4), module.out_channels, sources)
 
 

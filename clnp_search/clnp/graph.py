@@ -28,6 +28,7 @@ from clnp_search.clnp.ops import (
     Conv,
     Dropout,
     Flatten,
+    GroupedConv,
     Identity,
     Linear,
     MaxPool,
@@ -108,6 +109,17 @@ class Graph:
         source = self.source(node)
         rows = classes if node.groups == (CLASSES,) else self.units(node.groups)
         return node.op.shapes(rows, self.units(source.groups), source.taps)
+
+    @cached_property
+    def lacking(self) -> dict[str, Tensor]:
+        """Of the layers that do not read every unit: which weights they lack, [out unit, in unit, 1] bool."""
+        found = {}
+        for name in self.layers:
+            node = self.by_name[name]
+            lacks = node.op.lacks(self.units(node.groups), self.units(self.source(node).groups))
+            if lacks is not None:
+                found[name] = lacks[:, :, None]
+        return found
 
     def index(self, groups: Sequence[str], units: Units) -> Tensor:
         """Where `units` of each group stand among all units of `groups`."""
@@ -240,6 +252,8 @@ class Graph:
             if shapes := self.shapes(node, classes):
                 layer = node.name if node.name in counts else self.normalised_layer(node)
                 counts[layer] += sum(math.prod(shapes[name]) for name in shapes if name not in node.op.STATISTICS)
+        for name, lacks in self.lacking.items():
+            counts[name] -= int(lacks.sum()) * self.shapes(self.by_name[name])["weight"][2]
         return counts
 
     def flop(self, units: Mapping[str, int] | None = None, classes: int = 10) -> dict[str, int]:
@@ -286,6 +300,21 @@ class Graph:
                 swapped[node.name] = replace(node, op=pool.op, positions=pool.positions)
                 swapped[pool.name] = replace(pool, op=node.op)
         return replace(self, nodes=tuple(swapped.get(node.name, node) for node in self.nodes))
+
+    @cached_property
+    def in_blocks(self) -> Graph:
+        """The same function where all units are computed: convolutions in blocks go block by block.
+
+        In a network that was widened, blocks are not neighbours any more, and all is as it was.
+        """
+        nodes = []
+        for node in self.nodes:
+            op = node.op
+            if isinstance(op, GroupedConv):
+                units = self.units(node.groups), self.units(self.source(node).groups)
+                op = replace(op, apart=units == (op.blocks * op.rows, op.blocks * op.columns))
+            nodes.append(replace(node, op=op))
+        return replace(self, nodes=tuple(nodes))
 
     def widened(self, groups: Mapping[str, int]) -> Graph:
         """The same network with other numbers of units in some groups."""

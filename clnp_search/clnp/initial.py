@@ -27,13 +27,16 @@ def draw(state: State, num_classes: int, seed: int) -> Parameters:
             if name != "weight":
                 tensors[name] = torch.full(shape, NEUTRAL.get(name, 0.0))
                 continue
-            fan_in = math.prod(shape[1:])
+            lacks = graph.lacking.get(node.name)
+            fan_in = math.prod(shape[1:]) if lacks is None else int((~lacks[0]).sum()) * shape[2]
             if node.groups == (CLASSES,) and state.architecture.head == "single":
                 free = state.free
                 fan_in = shape[2] * sum(len(free[group]) for group in graph.source(node).groups)
             bound = fan_in**-0.5 if fan_in else 0.0
             random = generator(seed, "init", state.num_tasks, node.name)
             tensors[name] = torch.empty(shape).uniform_(-bound, bound, generator=random)
+            if lacks is not None:
+                tensors[name].masked_fill_(lacks, 0.0)
         if tensors:
             drawn[node.name] = tensors
     return drawn

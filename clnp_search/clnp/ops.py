@@ -82,6 +82,10 @@ class Op:
         """The same, written over one of the inputs; of the ops that `Graph.in_place` names."""
         raise NotImplementedError
 
+    def lacks(self, rows: int, columns: int) -> Tensor | None:
+        """Which weights a layer of so many units does not have, [out unit, in unit] bool; None if it has all."""
+        return None
+
     def flop(self, rows: int, columns: int, taps: int, positions: int) -> int:
         """Floating-point operations a sample of the matrix products, as many output positions as given."""
         weights = sum(rows * columns * self.shapes(1, 1, taps)[name][-1] for name in self.MATRICES)
@@ -233,6 +237,38 @@ class Conv(Reader):
             # pass, on CPUs without AVX-512 and with fewer than eight channels.
             value, stride = value[:, :, :: stride[0], :: stride[1]], (1, 1)
         return functional.conv2d(value, weight, bias, stride, self.padding, self.dilation, groups)
+
+
+@dataclass(frozen=True)
+class GroupedConv(Conv):
+    """A convolution in `blocks`, each of so many output channels (`rows`) that read so many of its input's (`columns`).
+
+    It is computed as one over all channels, whose other weights are zero, so that any unit can be frozen or free by
+    itself; block by block (`apart`) only where all units are there. Units that a network has gained are dealt out over
+    the blocks.
+    """
+
+    blocks: int = 2
+    rows: int = 1
+    columns: int = 1
+    apart: bool = False
+
+    def __post_init__(self) -> None:
+        if min(self.blocks, self.rows, self.columns) < 1:
+            raise ValueError("a block of a convolution has no channels")
+
+    def lacks(self, rows: int, columns: int) -> Tensor:
+        of_row, of_column = (
+            torch.arange(units) // each % self.blocks for units, each in ((rows, self.rows), (columns, self.columns))
+        )
+        return of_row[:, None] != of_column
+
+    def _convolve(self, value: Tensor, weight: Tensor, bias: Tensor | None, groups: int = 1) -> Tensor:
+        if self.apart:
+            by_block = weight.unflatten(1, (self.blocks, -1)).unflatten(0, (groups, self.blocks, -1))
+            weight = by_block.diagonal(0, 1, 3).movedim(-1, 1).flatten(0, 2)
+            groups *= self.blocks
+        return super()._convolve(value, weight, bias, groups)
 
 
 @dataclass(frozen=True)
@@ -546,6 +582,7 @@ OPS: dict[str, type[Op]] = {
         Depthwise,
         Dropout,
         Flatten,
+        GroupedConv,
         Identity,
         InstanceNorm,
         Linear,

@@ -22,7 +22,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from clnp_search.clnp.graph import CLASSES, INPUT, Graph, Node, chosen, run
+from clnp_search.clnp.graph import CLASSES, INPUT, Graph, Node, Units, chosen, run
 from clnp_search.clnp.ops import Dropout, Reader
 from clnp_search.clnp.replay import Replay
 from clnp_search.clnp.state import FreeParameters, Parameters, State
@@ -331,6 +331,9 @@ class Pack:
         self._first = list(range(0, self.num_points, size))
         self.blocks = [self._block(starts[first : first + size]) for first in self._first]
         self._trained_order = self.graph.pooled_first
+        whole = all(len(units) == self.graph.groups[group] for start in starts for group, units in start.units.items())
+        if whole and self.device.type == "cpu":
+            self._trained_order = self._trained_order.in_blocks
         self._random = any(isinstance(node.op, Dropout) and node.op.share for node in self.graph.nodes)
         self.replay = Replay(self.device)
         if self.device.type == "cuda":
@@ -521,7 +524,16 @@ class Pack:
         for tensor in self._trainable(block):
             tensor.requires_grad_()
             tensor.grad = torch.zeros_like(tensor)
+        self._keep_lacking(block, {INPUT: torch.arange(0), **starts[0].units})
         return block
+
+    def _keep_lacking(self, block: Block, own: Units) -> None:
+        """Keeps weights that a layer lacks at zero: no gradient of the data reaches them, and of zero L1 makes none."""
+        for layer, lacks in self.graph.lacking.items():
+            for name, columns in (("weight.shared", self.state.active()), ("weight.own", own)):
+                cut = chosen(self.graph, self.graph.by_name[layer], {"weight": lacks}, own, columns)["weight"]
+                mask = cut.to(self.device)
+                block.tensors[layer][name].register_hook(partial(torch.masked_fill, mask=mask, value=0.0))
 
     def _trainable(self, block: Block) -> list[Tensor]:
         bias_is_frozen = self.state.architecture.bias_rule == "frozen" and bool(self.state.heads)

@@ -23,7 +23,7 @@ from torch.nn.utils import parametrize
 
 from clnp_search.clnp.calls import HANDLERS, REASONS, Call, NoNode, Step, Value, batch_of, plain_name
 from clnp_search.clnp.graph import CLASSES, INPUT, Builder, Graph, run
-from clnp_search.clnp.ops import Op, Reader
+from clnp_search.clnp.ops import GroupedConv, Op, Reader
 
 BATCH = 2  # samples of the example; batch normalisation would take one, but a view might not tell it from a channel
 
@@ -65,8 +65,9 @@ class Traced:
         for name, sources in self.sources.items():
             shapes = self.graph.shapes(self.graph.by_name[name], classes=1)
             own = {key: (others or {}).get(source, attrgetter(source)(module)) for key, source in sources.items()}
+            lacks = {"weight": self.graph.lacking.get(name)}
             found[name] = {
-                key: tensor.detach().float().reshape(-1, *shapes[key][1:]).clone() for key, tensor in own.items()
+                key: _laid_out(tensor.detach().float(), shapes[key], lacks.get(key)) for key, tensor in own.items()
             }
         return found
 
@@ -124,6 +125,15 @@ class Traced:
         nodes = tuple(replace(node, op=op) if node is head else node for node in self.graph.nodes)
         sources = {**self.sources, head.name: {"weight": self.sources[head.name]["weight"]}}
         return Traced(replace(self.graph, nodes=nodes), sources)
+
+
+def _laid_out(tensor: Tensor, shape: tuple[int, ...], lacks: Tensor | None) -> Tensor:
+    """A copy of a module's tensor in the graph's layout, with zeros for the weights that its layer lacks."""
+    if lacks is None:
+        return tensor.reshape(-1, *shape[1:]).clone()
+    full = tensor.new_zeros(shape)
+    full[~lacks[:, :, 0]] = tensor.reshape(-1, shape[2])
+    return full
 
 
 def trace(module: nn.Module, input_shape: tuple[int, ...]) -> Traced:
@@ -427,6 +437,8 @@ class _Walk(fx.Interpreter):
         if not layers:
             self._fault("", "has no linear layer, and no convolution, that could be the head")
         elif len(layers) == 1:
+            if isinstance(layers[0].op, GroupedConv):
+                self._fault(layers[0].module, "is the head, whose classes are each task's own, and has groups")
             for step in region:
                 if step.sources and step not in layers:
                     self._fault(step.module, "has parameters after the head, whose classes are each task's own")

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from builders import GRAPHS, make_info, make_samples
+from builders import GRAPHS, make_info, make_samples, run_all, using
 from torch import Tensor, nn
 from torch.nn import functional
 
 from clnp_search.clnp.baselines import BASELINES, DAMPING, fisher
 from clnp_search.clnp.graph import INPUT, Graph, mlp, run
 from clnp_search.clnp.initial import draw
+from clnp_search.clnp.ops import GroupedConv
 from clnp_search.clnp.pack import Pack
 from clnp_search.clnp.state import FREE, Architecture, Parameters, State, flat, nested
 from clnp_search.clnp.subnetwork import Subnetwork
@@ -256,6 +257,18 @@ def test_packnet_gives_a_share_of_each_layers_free_weights_back() -> None:
         values = second.tensors[layer]["weight"] if layer != "head" else second.heads[-1]["weight"]
         assert bool((values[owner == FREE] == 0).all())
         assert first.memory["owner"][f"{layer}/weight"].max() == FREE
+
+
+def test_packnet_counts_no_weights_that_a_layer_lacks() -> None:
+    state = State.empty(Architecture(using(GroupedConv(padding=(1, 1), blocks=2, rows=2, columns=2)), "shared"))
+    lacks = state.graph.lacking["op"].expand(-1, -1, 9)
+    inputs, labels = make_samples(24, state.graph.input_shape)
+    pack = BASELINES["packnet"].pack(state, draw(state, 2, 0), [0.25], [2])
+    features = pack.features(inputs, labels)
+    run_all(Training(pack, [0.01], features, features, replace(SETTINGS, epochs=3), 0, 0))
+    weight = pack.point(0, {}).tensors["op"]["weight.own"]
+    assert not weight[lacks].any()
+    assert int((weight[~lacks] == 0).sum()) == round(0.25 * int((~lacks).sum()))
 
 
 def test_packnet_prunes_the_smallest() -> None:

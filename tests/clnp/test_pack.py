@@ -11,6 +11,7 @@ import torch
 from builders import (
     GRAPHS,
     HEADS,
+    commit_at,
     each_point,
     fill_group,
     make_network,
@@ -21,7 +22,7 @@ from builders import (
     make_training,
     run_all,
 )
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from clnp_search.clnp import pack as packs
@@ -31,7 +32,8 @@ from clnp_search.clnp.ops import Activation, BatchNorm, Conv, Dropout, Flatten, 
 from clnp_search.clnp.pack import L1, Pack, cross_entropy, evaluation_batch
 from clnp_search.clnp.seeds import generator
 from clnp_search.clnp.state import Architecture, FreeParameters, Parameters, State
-from clnp_search.clnp.training import TrainingSettings
+from clnp_search.clnp.trace import Traced, trace
+from clnp_search.clnp.training import Training, TrainingSettings
 
 SMALL = make_network()
 NETWORKS = GRAPHS | {f"mlp_{name}": mlp(3, (5, 6), name) for name in ("sigmoid", "tanh", "gelu")}
@@ -344,6 +346,72 @@ def test_training_ends_where_a_plain_training_loop_ends(
                 if schedule == "cosine":
                     annealing.step()
         twin.assert_ends_at(pack.point(position, {}), 1e-4)
+
+
+def _grouped() -> tuple[nn.Module, Traced]:
+    """A module with a convolution in two blocks, and its graph."""
+    torch.manual_seed(0)
+    layers = nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 6, 3, groups=2), nn.ReLU()
+    module = nn.Sequential(*layers, nn.Flatten(), nn.Linear(24, 2))
+    return module, trace(module, (2, 6, 6))
+
+
+@pytest.mark.parametrize("kind", ["adam", "sgd"])
+def test_a_convolution_in_blocks_is_trained_as_torchs_own(kind: str, device: torch.device) -> None:
+    module, traced = _grouped()
+    state, alpha, rate = State.empty(Architecture(traced.graph)), 0.003, 0.01
+    inputs, labels = make_samples(30, (2, 6, 6))
+    pack = Pack(state, 2, [(alpha,) * 3], traced.tensors(module), device)
+    features, settings = pack.features(inputs, labels), TrainingSettings(2, 8, kind, "constant", weight_decay=0.01)
+    run_all(Training(pack, [rate], features, features, settings, 0, 0))
+    optimizer: torch.optim.Optimizer = torch.optim.SGD(module.parameters(), rate, momentum=0.9, weight_decay=0.01)
+    if kind == "adam":
+        optimizer = torch.optim.Adam(module.parameters(), rate, weight_decay=0.01)
+    for epoch in range(2):
+        for index in torch.randperm(30, generator=generator(0, "order", 0, epoch)).split(8):
+            optimizer.zero_grad()
+            penalty = sum(tensor.abs().sum() for name, tensor in module.named_parameters() if "weight" in name)
+            (functional.cross_entropy(module(inputs[index]), labels[index]) + alpha * penalty).backward()
+            optimizer.step()
+    own, expected = pack.point(0, {}).tensors, traced.tensors(module)
+    for name in ("0", "2", "5"):
+        weight = torch.cat([own[name]["weight.shared"], own[name]["weight.own"]], 1)  # of the samples, and of units
+        torch.testing.assert_close(weight, expected[name]["weight"], rtol=1e-4, atol=1e-5)
+    assert not own["2"]["weight.own"][traced.graph.lacking["2"].expand(-1, -1, 9)].any()
+
+
+def test_block_by_block_is_the_same_as_all_at_once() -> None:
+    _, traced = _grouped()
+    inputs, labels = make_samples(9, (2, 6, 6))
+    seen = []
+    for graph in (traced.graph, traced.graph.in_blocks):
+        pack = make_pack(State.empty(Architecture(traced.graph)), 3, together=3)
+        for position, tensors in enumerate(each_point(pack)):
+            for tensor in tensors:
+                tensor.data.mul_(1 + position)
+        levels, target = pack.features(inputs, labels).batch(slice(0, 9))
+        logits = pack.blocks[0].logits(pack.blocks[0].forward(levels, True, graph=graph))
+        logits.backward(cross_entropy(logits.detach(), target, 9)[1])
+        seen.append([logits.detach(), *(each.grad for point in each_point(pack) for each in point)])
+    assert traced.graph.in_blocks != traced.graph
+    torch.testing.assert_close(*seen)
+    wide = traced.graph.widened({"2": 12})
+    assert wide.in_blocks == wide
+
+
+def test_no_task_gives_a_convolution_in_blocks_a_weight_between_them(device: torch.device) -> None:
+    _, traced = _grouped()
+    state = State.empty(Architecture(traced.graph)).widened({"0": 7, "2": 9})
+    inputs, labels = make_samples(30, (2, 6, 6))
+    for _ in range(3):
+        pack = make_pack(state, [(0.001,) * 3] * 2, device)
+        features, settings = pack.features(inputs, labels), TrainingSettings(1, 8, "adamw", weight_decay=0.1)
+        run_all(Training(pack, [0.01, 0.02], features, features, settings, 0, 0))
+        state = commit_at(state, pack.point(1, make_trained(state).activities))
+    weight, lacks = state.tensors["2"]["weight"], state.graph.lacking["2"][:, :, 0]
+    assert not weight[lacks].any()
+    assert lacks[7].tolist() == [False, False, True, True, False, False, True]
+    assert weight[~lacks].any(1).float().mean() > 0.5
 
 
 @pytest.mark.parametrize("network", ["mlp", "conv_norm"])
