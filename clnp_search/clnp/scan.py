@@ -120,16 +120,41 @@ class Candidate:
         return {node.name for node in nodes if not isinstance(node.op, Linear)} & read - beyond - several
 
     @cached_property
+    def adding(self) -> set[str]:
+        """Layers among them to whose values, if these are held, what new units give can be added."""
+        nodes = self.graph.by_name
+        return {
+            name
+            for name in self.passing
+            if isinstance(nodes[name].op, Reader) and self.graph.source(nodes[name]).groups != (INPUT,)
+        }
+
+    @cached_property
+    def shared(self) -> set[str]:
+        """Layers of which what all their units read of frozen ones is held.
+
+        Of maps that read nothing else it is not, because it is asked for once.
+        """
+        frozen = {INPUT: 1, **dict(zip(self.groups, self.frozen, strict=True))}
+        own = {INPUT: 0, **dict(zip(self.groups, self.all, strict=True))}
+        layers = [(node, self.graph.source(node).groups) for node in self.graph.nodes if isinstance(node.op, Reader)]
+        return {
+            node.name
+            for node, read in layers
+            if any(frozen[group] for group in read) and (not node.positions or any(own[group] for group in read))
+        }
+
+    @cached_property
+    def added_bytes(self) -> int:
+        """What `Grown` holds of a sample besides, at most, to add to it."""
+        return 4 * sum(self.graph.value_size(name, self.graph.groups) for name in self.adding)
+
+    @cached_property
     def held_bytes(self) -> int:
         """What `Grown` holds of a sample, at most: values, and what layers read of frozen units."""
-        order, active = self.graph.pooled_first, {INPUT: self.graph.input_shape, **self.state.active()}
+        order = self.graph.pooled_first
         values = [node.name for node in order.nodes if node.name not in self.passing]
-        shared = [
-            node.name
-            for node in order.nodes
-            if isinstance(node.op, Reader) and any(len(active[group]) for group in order.source(node).groups)
-        ]
-        return 4 * sum(order.value_size(name, order.groups) for name in [*values, *shared])
+        return 4 * sum(order.value_size(name, order.groups) for name in [*values, *self.shared])
 
     @cached_property
     def unbiased(self) -> Block:
@@ -167,17 +192,19 @@ class Grown:
     """A candidate's models on a few samples, while they gain units.
 
     What does not change is kept: what the frozen units give, all values before the first layer that reads a new unit,
-    and of layers that read what they read before, the units that they had. A dense layer that reads new units keeps its
-    values too, and adds what these give. Models that are evaluated at once stand one behind another as samples, from
+    and of layers that read what they read before, the units that they had. A layer that reads new units, and whose
+    values are kept, adds what these give. Models that are evaluated at once stand one behind another as samples, from
     the first layer on that reads different units in them.
 
     Args:
         hold: Whether values are kept at all, which takes memory.
+        add: Whether those of the candidate's `adding` are, too.
     """
 
     @torch.inference_mode()
-    def __init__(self, candidate: Candidate, samples: Tensor | slice, hold: bool = True) -> None:
+    def __init__(self, candidate: Candidate, samples: Tensor | slice, hold: bool = True, add: bool = True) -> None:
         self._candidate, self._hold = candidate, hold
+        self._passing = candidate.passing - candidate.adding if add else candidate.passing
         self._levels, self.labels = candidate.features.batch(samples)
         self._order = candidate.graph.pooled_first
         self._shared: dict[str, Tensor] = {}  # what each layer's units, all of them, read of the frozen ones
@@ -217,11 +244,11 @@ class Grown:
             else:
                 read = {name: _for_each(self._from(name, first), samples, models) for name in read}
                 value = model.compute(self._order, node, read, self._levels, first=first)
-            if first and node.name not in self._candidate.passing:
+            if first and node.name not in self._passing:
                 value = torch.cat([self._values[node.name], value], 1 if value.ndim == 4 else 0)
             self._values[node.name] = value
         logits = model.logits(self._values)[0].unflatten(1, (-1, samples)).permute(1, 2, 0)
-        for name in self._candidate.passing:
+        for name in self._passing:
             self._values.pop(name, None)
         for name in apart & self._values.keys():
             value = self._values[name]
@@ -231,30 +258,30 @@ class Grown:
     def _from(self, name: str, first: int) -> Tensor:
         """A node's value from a unit on."""
         value = self._values[name]
-        begins_there = name in self._candidate.passing
-        return value if begins_there else _channels(value, first * self._order.by_name[name].taps)
+        return value if name in self._passing else _channels(value, first * self._order.by_name[name].taps)
 
     def _can_add(self, node: Node) -> bool:
-        """Whether what new units give is added to the value that a layer had.
-
-        Of dense ones it is: a convolution of one channel takes as long as one of many.
-        """
+        """Whether what new units give is added to the value that a layer had."""
         one_group = len(self._order.source(node).groups) == 1
         stays = node.name in self._values and node.name not in self._candidate.given
-        return isinstance(node.op, Linear) and one_group and stays
+        return isinstance(node.op, Reader) and one_group and stays
 
     def _added(self, model: Block, node: Node, there: int, kept: Mapping[str, Tensor]) -> Tensor:
-        """The value of a dense layer for each model; the last one had the first `there` units of its input."""
+        """The value of a layer for each model; the last one had the first `there` units of its input."""
         value, source, samples = self._values[node.name], self._order.source(node), len(self.labels)
         read, weight = self._values[source.name], model.tensors[node.name]["weight.own"][0]
-        if len(value) < len(weight):
-            rows = weight[len(value) :, :there].flatten(1) @ read[: there * source.taps]
-            value = torch.cat([value, rows + self._read(model, node, {}, len(value), 1)])
-        more = _without_pruned(read[there * source.taps :], samples, source, kept, there)
-        return _joined(_by_model(weight[:, there:].flatten(1) @ more, samples) + _by_model(value, samples))
+        dim = 1 if value.ndim == 4 else 0
+        if (units := value.shape[dim]) < len(weight):
+            rows = _product(node, weight[units:, :there], _channels(read, 0, there * source.taps))
+            value = torch.cat([value, rows + self._read(model, node, {}, units, 1)], dim)
+        more = _without_pruned(_channels(read, there * source.taps), samples, source, kept, there)
+        added = _by_model(_product(node, weight[:, there:], more), samples)
+        return _joined(added.add_(_by_model(value, samples)))
 
     def _read(self, model: Block, node: Node, own: dict[str, Tensor], first: int, models: int) -> Tensor:
         """A layer's value from its unit `first` on."""
+        if node.name not in self._candidate.shared:
+            return model.compute(self._order, node, own, self._levels, first=first)
         nothing = {INPUT: self.labels.new_empty(models * len(self.labels), 0)}
         value = model.compute(self._order, node, own, nothing, first=first)
         if model.shared(self._order, node, self._levels) is None:
@@ -264,6 +291,11 @@ class Grown:
         shared, units = self._shared[node.name], model.width(node)
         shared = _channels(shared, first, units)
         return _joined(_by_model(value, len(self.labels)) + _by_model(shared, len(self.labels)))
+
+
+def _product(node: Node, weight: Tensor, read: Tensor) -> Tensor:
+    """What some weights [F, I, taps] of a layer make of values that they read."""
+    return weight.flatten(1) @ read if read.ndim == 2 else node.op.plain([read], {"weight": weight})
 
 
 def _channels(value: Tensor, first: int, end: int | None = None) -> Tensor:
@@ -333,14 +365,16 @@ def _next_possible(candidate: Candidate, path: list[Counts], start: int, logits:
     parts = hardest.split(candidate.features.batch_size)
     # Biases that make up for what is pruned differ from model to model.
     together = 1 if candidate.given else candidate.features.batch_size // len(parts[0])
-    part_bytes = together * len(parts[0]) * candidate.held_bytes
+    held, added = (together * len(parts[0]) * each for each in (candidate.held_bytes, candidate.added_bytes))
+    spare = HELD_BYTES - held * -(-(allowed + 1) // len(parts[0]))  # but for the parts that are always seen
     grown: list[Grown] = []
     for position in range(start, len(path), together):
         models = path[position : position + together]
         wrong = candidate.labels.new_zeros(len(models))
         for index, samples in enumerate(parts):
             if index == len(grown):
-                grown.append(Grown(candidate, samples, hold=(index + 1) * part_bytes <= HELD_BYTES))
+                fits, adds = (index + 1) * held <= HELD_BYTES, (index + 1) * added <= spare
+                grown.append(Grown(candidate, samples, fits, adds))
             wrong = wrong + _clearly_wrong(grown[index].advance(models), grown[index].labels)
             if (wrong > allowed).all():
                 candidate.tried += len(models)
