@@ -232,9 +232,10 @@ class Conv(Reader):
 
     def _convolve(self, value: Tensor, weight: Tensor, bias: Tensor | None, groups: int = 1) -> Tensor:
         weight, stride = weight.unflatten(2, self.kernel), self.stride
-        if self.kernel == (1, 1) and self.padding == (0, 0) and stride != (1, 1):
-            # What it reads is taken beforehand: given the stride, oneDNN 3.13 writes beyond its memory in the backward
-            # pass, on CPUs without AVX-512 and with fewer than eight channels.
+        few = weight.shape[1] < 8
+        if few and self.kernel == (1, 1) and self.padding == (0, 0) and stride != (1, 1):
+            # What it reads is taken beforehand: given the stride and fewer than eight channels, the backward pass of
+            # oneDNN 3.13 gives wrong gradients and writes beyond its memory, on CPUs without AVX-512.
             value, stride = value[:, :, :: stride[0], :: stride[1]], (1, 1)
         return functional.conv2d(value, weight, bias, stride, self.padding, self.dilation, groups)
 

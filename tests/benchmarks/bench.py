@@ -413,7 +413,7 @@ def networks(options: Options) -> Iterator[Row]:
     prepare(CORES)
     for name, points, bar in (("zenke", 4, 0.9), ("resnet18", 2, 1.0)):
         graph, module = _network(name)
-        num_batches = 1 if name == "resnet18" or options.quick else 3
+        num_batches = 1 if options.quick else 3
         samples = random_samples(num_batches * BATCH, graph.input_shape)
         for precision in ("float32", "bf16") if name == "zenke" else ("float32",):
             plain = _plain_epoch(module, samples, precision)

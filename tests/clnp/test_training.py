@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import platform
+import resource
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -116,6 +118,22 @@ def test_what_is_random_in_a_step_is_drawn_anew_for_every_seed_task_and_step(mon
     assert len(set(drawn)) == len(drawn) == 4 * 2 * 4
     for seed in drawn:
         torch.Generator().manual_seed(seed + 255)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="memory is kept by settings of glibc's malloc")
+def test_an_epoch_uses_the_memory_of_those_before() -> None:
+    graph, pages = conv((3, 64, 64), [9, 9], batch_norm=True), []
+    inputs, labels = make_samples(240, graph.input_shape)
+    pack = make_pack(State.empty(Architecture(graph)), 1)
+    features = pack.features(inputs, labels)
+    training = Training(pack, [0.01], features, features, TrainingSettings(6, 240), 0, 0)
+    for _ in range(6):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        training.run_epoch()
+        pages.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    of_a_value = 240 * graph.largest_value * 4 // resource.getpagesize()
+    assert pages[0] > 2 * of_a_value > 2 * (32 << 20) // resource.getpagesize()  # too large for malloc to keep
+    assert min(pages[3:]) < of_a_value
 
 
 def test_a_diverging_point_ends_as_a_record_and_not_as_an_error() -> None:
