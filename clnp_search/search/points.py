@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 from clnp_search.clnp.graph import CLASSES, INPUT, Node
-from clnp_search.clnp.ops import Linear, Reader
+from clnp_search.clnp.ops import Reader
 from clnp_search.clnp.pack import CACHE_BYTES, LARGEST_BATCH, evaluation_batch, is_one_block, microbatch
 from clnp_search.clnp.state import Architecture
 from clnp_search.config import ForgettingConfig, Sweep
@@ -189,8 +189,8 @@ def training_flop(architecture: Architecture, active: Mapping[str, int], num_cla
 def scan_flop(architecture: Architecture, active: Mapping[str, int], num_classes: int, steps: int | None = None) -> int:
     """Floating-point operations of one sample in all models that a scan of one threshold for all groups tries.
 
-    Each has a unit more than the one before, and what depends on that unit is computed again; but a dense layer that
-    reads it adds what it gives.
+    Each has a unit more than the one before, and what depends on that unit is computed again; but layers that read it
+    add what it gives.
 
     Args:
         active: Units of each group that are frozen already.
@@ -208,7 +208,7 @@ def scan_flop(architecture: Architecture, active: Mapping[str, int], num_classes
             reads = isinstance(node.op, Reader) and group in graph.source(node).groups
             if reads or not again.isdisjoint(node.inputs):
                 again.add(node.name)
-                total += 0 if reads and isinstance(node.op, Linear) else units * flop[node.name]
+                total += 0 if reads else units * flop[node.name]
     return total if steps is None else min(total, steps * sum(flop.values()))
 
 

@@ -250,11 +250,11 @@ def test_the_arithmetic_of_shapes_is_that_of_a_pack(network: str, head: str, num
     assert 2 * training_flop(state.architecture, active_units(state), 2) == pack.training_flop
 
 
-def test_a_scan_computes_again_what_depends_on_a_new_unit_but_the_dense_layers_that_read_it() -> None:
+def test_a_scan_computes_again_what_depends_on_a_new_unit_but_the_layers_that_read_it() -> None:
     dense = Architecture(mlp(3, (5, 6, 7)))
     assert scan_flop(dense, {}, 2) == 2 * (5 * (6 * 7 + 7 * 2) + 6 * (7 * 2))
     assert scan_flop(dense, {"hidden0": 4, "hidden1": 6}, 2) == 2 * (7 * 2)
+    assert scan_flop(dense, {}, 2, steps=1) == 2 * (5 * 6 + 6 * 7 + 7 * 2)
     maps = Architecture(conv((2, 6, 6), [4, "pool", 5], [6]))
-    again = [2 * 5 * 4 * 9 * 9, 2 * 6 * 5 * 9, 2 * 2 * 6]  # conv1, dense0, head
-    assert scan_flop(maps, {}, 2) == 4 * sum(again) + 5 * again[2]
-    assert scan_flop(maps, {}, 2, steps=3) == 3 * sum(again)
+    dense0, head = 2 * 6 * 5 * 9, 2 * 2 * 6
+    assert scan_flop(maps, {}, 2) == 4 * (dense0 + head) + 5 * head
