@@ -277,7 +277,9 @@ class Graph:
         for name in self.layers[:-1]:
             node = self.by_name[name]
             rows, columns = (sum(counts[group] for group in each.groups) for each in (node, self.source(node)))
-            total += math.prod(node.op.shapes(rows, columns, self.source(node).taps)["weight"])
+            weights = math.prod(node.op.shapes(rows, columns, self.source(node).taps)["weight"])
+            lacks = self.lacking.get(name)
+            total += weights if lacks is None else round(weights * float((~lacks).float().mean()))
         return total
 
     @cached_property
@@ -305,7 +307,7 @@ class Graph:
     def in_blocks(self) -> Graph:
         """The same function where all units are computed: convolutions in blocks go block by block.
 
-        In a network that was widened, blocks are not neighbours any more, and all is as it was.
+        But for those that have gained units, whose blocks do not stand one after another.
         """
         nodes = []
         for node in self.nodes:
@@ -441,6 +443,8 @@ class Builder:
         Raises:
             ValueError: It does not fit what it reads.
         """
+        if isinstance(op, GroupedConv) and (head or len(self._nodes[source].groups) > 1):
+            raise ValueError("has groups, which a head, or what reads a concatenation, cannot have")
         group = CLASSES if head else name
         if not head:
             self._sizes[group] = units

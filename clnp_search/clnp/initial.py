@@ -28,7 +28,7 @@ def draw(state: State, num_classes: int, seed: int) -> Parameters:
                 tensors[name] = torch.full(shape, NEUTRAL.get(name, 0.0))
                 continue
             lacks = graph.lacking.get(node.name)
-            fan_in = math.prod(shape[1:]) if lacks is None else int((~lacks[0]).sum()) * shape[2]
+            fan_in = math.prod(shape[1:]) if lacks is None else int((~lacks).sum()) // shape[0] * shape[2]
             if node.groups == (CLASSES,) and state.architecture.head == "single":
                 free = state.free
                 fan_in = shape[2] * sum(len(free[group]) for group in graph.source(node).groups)

@@ -232,10 +232,9 @@ class Conv(Reader):
 
     def _convolve(self, value: Tensor, weight: Tensor, bias: Tensor | None, groups: int = 1) -> Tensor:
         weight, stride = weight.unflatten(2, self.kernel), self.stride
-        few = weight.shape[1] < 8
-        if few and self.kernel == (1, 1) and self.padding == (0, 0) and stride != (1, 1):
-            # What it reads is taken beforehand: given the stride and fewer than eight channels, the backward pass of
-            # oneDNN 3.13 gives wrong gradients and writes beyond its memory, on CPUs without AVX-512.
+        if self.kernel == (1, 1) and self.padding == (0, 0) and stride != (1, 1):
+            # What it reads is taken beforehand: given the stride, oneDNN 3.13 writes beyond its memory in the backward
+            # pass, on CPUs without AVX-512 and with fewer than eight channels.
             value, stride = value[:, :, :: stride[0], :: stride[1]], (1, 1)
         return functional.conv2d(value, weight, bias, stride, self.padding, self.dilation, groups)
 
@@ -245,8 +244,8 @@ class GroupedConv(Conv):
     """A convolution in `blocks`, each of so many output channels (`rows`) that read so many of its input's (`columns`).
 
     It is computed as one over all channels, whose other weights are zero, so that any unit can be frozen or free by
-    itself; block by block (`apart`) only where all units are there. Units that a network has gained are dealt out over
-    the blocks.
+    itself; block by block (`apart`, of no graph that is stored) only where all units are there. Units that a network
+    has gained are dealt out over the blocks.
     """
 
     blocks: int = 2
@@ -255,8 +254,9 @@ class GroupedConv(Conv):
     apart: bool = False
 
     def __post_init__(self) -> None:
-        if min(self.blocks, self.rows, self.columns) < 1:
-            raise ValueError("a block of a convolution has no channels")
+        sizes = self.blocks, self.rows, self.columns
+        if not all(isinstance(size, int) and 0 < size < 2**31 for size in sizes):
+            raise ValueError(f"no blocks of a convolution: {sizes}")
 
     def lacks(self, rows: int, columns: int) -> Tensor:
         of_row, of_column = (

@@ -331,8 +331,8 @@ class Pack:
         self._first = list(range(0, self.num_points, size))
         self.blocks = [self._block(starts[first : first + size]) for first in self._first]
         self._trained_order = self.graph.pooled_first
-        whole = all(len(units) == self.graph.groups[group] for start in starts for group, units in start.units.items())
-        if whole and self.device.type == "cpu":
+        whole = all(len(units) == self.graph.groups[group] for group, units in self.units[0].items())
+        if whole and size == 1 and isinstance(initial, Mapping) and self.device.type == "cpu":
             self._trained_order = self._trained_order.in_blocks
         self._random = any(isinstance(node.op, Dropout) and node.op.share for node in self.graph.nodes)
         self.replay = Replay(self.device)

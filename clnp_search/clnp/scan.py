@@ -28,7 +28,7 @@ CURVE_STEPS = 16
 # A sample counts as wrong without a full evaluation only if its margin is below this share of the largest logit:
 # a few samples round differently from a whole split, by about 1e-6.
 ROUNDING = 1e-4
-HELD_BYTES = 1 << 30  # what the values of a search may take
+HELD_BYTES = 3 << 29  # what the values of a search may take
 # Starts of the search for one theta a group, times the free units: all that pass in small networks, few in wide ones,
 # and one in networks of maps.
 STARTED_UNITS = 4096
@@ -121,13 +121,11 @@ class Candidate:
 
     @cached_property
     def adding(self) -> set[str]:
-        """Layers among them to whose values, if these are held, what new units give can be added."""
-        nodes = self.graph.by_name
-        return {
-            name
-            for name in self.passing
-            if isinstance(nodes[name].op, Reader) and self.graph.source(nodes[name]).groups != (INPUT,)
-        }
+        """Layers to whose values, if these are held, what new units give can be added."""
+        layers = [
+            (node.name, self.graph.source(node).groups) for node in self.graph.nodes if isinstance(node.op, Reader)
+        ]
+        return {name for name, read in layers if len(read) == 1 and read != (INPUT,) and name not in self.given}
 
     @cached_property
     def shared(self) -> set[str]:
@@ -147,7 +145,7 @@ class Candidate:
     @cached_property
     def added_bytes(self) -> int:
         """What `Grown` holds of a sample besides, at most, to add to it."""
-        return 4 * sum(self.graph.value_size(name, self.graph.groups) for name in self.adding)
+        return 4 * sum(self.graph.value_size(name, self.graph.groups) for name in self.passing & self.adding)
 
     @cached_property
     def held_bytes(self) -> int:
@@ -198,7 +196,7 @@ class Grown:
 
     Args:
         hold: Whether values are kept at all, which takes memory.
-        add: Whether those of the candidate's `adding` are, too.
+        add: Whether those of all layers of the candidate's `adding` are.
     """
 
     @torch.inference_mode()
@@ -224,8 +222,8 @@ class Grown:
         before, stay = dict(self._units), dict.fromkeys(self._units, 0)  # units that were there, and whose values stay
         for node in self._order.nodes:
             source, is_reader = self._order.source(node), isinstance(node.op, Reader)
-            reads_others = is_reader and not differ.isdisjoint(source.groups)
-            if reads_others or not apart.isdisjoint(node.inputs):
+            reads_others = (is_reader and not differ.isdisjoint(source.groups)) or not apart.isdisjoint(node.inputs)
+            if reads_others and model.width(node):
                 apart.add(node.name)
             elif all(stay[name] == self._units[name] for name in node.inputs):
                 stay[node.name] = before[node.name]
@@ -236,7 +234,8 @@ class Grown:
                 continue
             models = len(path) if node.name in apart else 1
             read = {name: self._values[name] for name in node.inputs if name in self._values}
-            if self._can_add(node) and 0 < stay[source.name] < self._units[source.name]:
+            can_add = node.name in self._candidate.adding and node.name in self._values
+            if can_add and 0 < stay[source.name] < self._units[source.name]:
                 value = self._added(model, node, stay[source.name], kept)
             elif is_reader:
                 read = {name: _without_pruned(value, samples, source, kept) for name, value in read.items()}
@@ -259,12 +258,6 @@ class Grown:
         """A node's value from a unit on."""
         value = self._values[name]
         return value if name in self._passing else _channels(value, first * self._order.by_name[name].taps)
-
-    def _can_add(self, node: Node) -> bool:
-        """Whether what new units give is added to the value that a layer had."""
-        one_group = len(self._order.source(node).groups) == 1
-        stays = node.name in self._values and node.name not in self._candidate.given
-        return isinstance(node.op, Reader) and one_group and stays
 
     def _added(self, model: Block, node: Node, there: int, kept: Mapping[str, Tensor]) -> Tensor:
         """The value of a layer for each model; the last one had the first `there` units of its input."""
@@ -366,15 +359,16 @@ def _next_possible(candidate: Candidate, path: list[Counts], start: int, logits:
     # Biases that make up for what is pruned differ from model to model.
     together = 1 if candidate.given else candidate.features.batch_size // len(parts[0])
     held, added = (together * len(parts[0]) * each for each in (candidate.held_bytes, candidate.added_bytes))
-    spare = HELD_BYTES - held * -(-(allowed + 1) // len(parts[0]))  # but for the parts that are always seen
+    always = math.ceil((allowed + 1) / len(parts[0]))  # parts are seen
+    adding = max(0, min(always, (HELD_BYTES - always * held) // max(1, added)))
     grown: list[Grown] = []
     for position in range(start, len(path), together):
         models = path[position : position + together]
         wrong = candidate.labels.new_zeros(len(models))
         for index, samples in enumerate(parts):
             if index == len(grown):
-                fits, adds = (index + 1) * held <= HELD_BYTES, (index + 1) * added <= spare
-                grown.append(Grown(candidate, samples, fits, adds))
+                fits = (index + 1) * held + adding * added <= HELD_BYTES
+                grown.append(Grown(candidate, samples, fits, index < adding))
             wrong = wrong + _clearly_wrong(grown[index].advance(models), grown[index].labels)
             if (wrong > allowed).all():
                 candidate.tried += len(models)

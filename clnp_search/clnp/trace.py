@@ -23,7 +23,7 @@ from torch.nn.utils import parametrize
 
 from clnp_search.clnp.calls import HANDLERS, REASONS, Call, NoNode, Step, Value, batch_of, plain_name
 from clnp_search.clnp.graph import CLASSES, INPUT, Builder, Graph, run
-from clnp_search.clnp.ops import GroupedConv, Op, Reader
+from clnp_search.clnp.ops import Op, Reader
 
 BATCH = 2  # samples of the example; batch normalisation would take one, but a view might not tell it from a channel
 
@@ -437,8 +437,6 @@ class _Walk(fx.Interpreter):
         if not layers:
             self._fault("", "has no linear layer, and no convolution, that could be the head")
         elif len(layers) == 1:
-            if isinstance(layers[0].op, GroupedConv):
-                self._fault(layers[0].module, "is the head, whose classes are each task's own, and has groups")
             for step in region:
                 if step.sources and step not in layers:
                     self._fault(step.module, "has parameters after the head, whose classes are each task's own")

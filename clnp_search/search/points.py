@@ -189,8 +189,8 @@ def training_flop(architecture: Architecture, active: Mapping[str, int], num_cla
 def scan_flop(architecture: Architecture, active: Mapping[str, int], num_classes: int, steps: int | None = None) -> int:
     """Floating-point operations of one sample in all models that a scan of one threshold for all groups tries.
 
-    Each has a unit more than the one before, and what depends on that unit is computed again; but layers that read it
-    add what it gives.
+    Each has a unit more than the one before, and what depends on that unit is computed again; but layers that read it,
+    and nothing that it has changed, add what it gives.
 
     Args:
         active: Units of each group that are frozen already.
@@ -205,10 +205,11 @@ def scan_flop(architecture: Architecture, active: Mapping[str, int], num_classes
     for group, units in _free_units(architecture, active).items():
         again: set[str] = set()
         for node in graph.nodes:
-            reads = isinstance(node.op, Reader) and group in graph.source(node).groups
-            if reads or not again.isdisjoint(node.inputs):
+            read = graph.source(node).groups if isinstance(node.op, Reader) else ()
+            changed = not again.isdisjoint(node.inputs)
+            if group in read or changed:
                 again.add(node.name)
-                total += 0 if reads else units * flop[node.name]
+                total += units * flop[node.name] if changed or len(read) > 1 else 0
     return total if steps is None else min(total, steps * sum(flop.values()))
 
 

@@ -320,12 +320,15 @@ def test_a_head_with_a_logit_for_each_position_is_refused() -> None:
     assert (place, "logits of each class" in why) == ("Forward", True)
 
 
-def test_a_head_in_groups_is_refused() -> None:
+def test_groups_of_a_head_or_over_a_concatenation_are_refused() -> None:
     def forward(net: Any, x: Tensor) -> Tensor:
         return net.head(net.first(x)).mean((2, 3))
 
     place, why = reason(Forward(forward, first=nn.Conv2d(3, 4, 3), head=nn.Conv2d(4, 2, 3, groups=2)))
-    assert (place, "and has groups" in why) == ("head", True)
+    assert (place, "has groups" in why) == ("head", True)
+    joined = around(lambda net, x: net.both(torch.cat([x, x.relu()], 1)), both=nn.Conv2d(8, 4, 1, groups=2))
+    place, why = reason(joined)
+    assert (place, "has groups" in why) == ("both", True)
 
 
 def test_a_network_without_a_unit_to_prune_is_refused() -> None:

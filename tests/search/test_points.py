@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from builders import GRAPHS, make_network, make_point, make_state, make_sweep
 
-from clnp_search.clnp.graph import conv, mlp
+from clnp_search.clnp.graph import INPUT, Builder, conv, mlp
 from clnp_search.clnp.initial import draw
+from clnp_search.clnp.ops import Add, Conv, Flatten, Linear
 from clnp_search.clnp.pack import CACHE_BYTES, Pack
 from clnp_search.clnp.state import Architecture
 from clnp_search.clnp.training import TrainingSettings
@@ -258,3 +259,9 @@ def test_a_scan_computes_again_what_depends_on_a_new_unit_but_the_layers_that_re
     maps = Architecture(conv((2, 6, 6), [4, "pool", 5], [6]))
     dense0, head = 2 * 6 * 5 * 9, 2 * 2 * 6
     assert scan_flop(maps, {}, 2) == 4 * (dense0 + head) + 5 * head
+    build = Builder((2, 6, 6))
+    first = build.layer("first", Conv(padding=(1, 1)), INPUT, 4)
+    total = build.add("sum", Add(), first, build.layer("second", Conv(padding=(1, 1)), first, 4))
+    third = build.add("flat", Flatten(), build.layer("third", Conv(), total, 3))  # of the sum, all has changed
+    build.layer("head", Linear(), third, 0, head=True)
+    assert scan_flop(Architecture(build.build()), {}, 2) == 4 * (2 * 3 * 4 * 9 * 16 + 2 * 2 * 3 * 16)
