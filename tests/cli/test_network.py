@@ -18,7 +18,7 @@ class Net(nn.Module):
     def __init__(self, norm):
         super().__init__()
         self.stem = nn.Conv2d(1, 4, 3, padding=1)
-        self.block = nn.Conv2d(4, 4, 3, padding=1, groups=2 if norm == "LayerNorm" else 1)
+        self.block = nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect" if norm == "LayerNorm" else "zeros")
         self.norm = nn.LayerNorm(8) if norm == "LayerNorm" else nn.BatchNorm2d(4)
         self.head = nn.Linear(4 * 64, 2)
 
@@ -54,6 +54,6 @@ def test_a_refused_module_is_told_with_every_reason_and_status_2(tmp_path: Path)
     cli, setting = cli_with(tmp_path), "network.arguments.norm=LayerNorm"
     refused = cli.json("network", "sweep.yaml", "--set", setting, status=2)["refused"]
     assert [each["module"] for each in refused] == ["block", "norm"]
-    assert refused[0]["reason"].startswith("Conv2d of 4 -> 4 channels in 2 groups")
+    assert refused[0]["reason"].startswith("Conv2d with padding_mode 'reflect'")
     text = cli("network", "sweep.yaml", "--set", setting, status=2).stdout
     assert all(f"{each['module']}: {each['reason']}" in text for each in refused)
