@@ -120,12 +120,18 @@ class Candidate:
         return {node.name for node in nodes if not isinstance(node.op, Linear)} & read - beyond - several
 
     @cached_property
+    def _readers(self) -> list[tuple[Node, tuple[str, ...]]]:
+        """The layers, and the groups that each reads."""
+        return [(node, self.graph.source(node).groups) for node in self.graph.nodes if isinstance(node.op, Reader)]
+
+    @cached_property
     def adding(self) -> set[str]:
         """Layers to whose values, if these are held, what new units give can be added."""
-        layers = [
-            (node.name, self.graph.source(node).groups) for node in self.graph.nodes if isinstance(node.op, Reader)
-        ]
-        return {name for name, read in layers if len(read) == 1 and read != (INPUT,) and name not in self.given}
+        return {
+            node.name
+            for node, read in self._readers
+            if len(read) == 1 and read != (INPUT,) and node.name not in self.given
+        }
 
     @cached_property
     def shared(self) -> set[str]:
@@ -135,10 +141,9 @@ class Candidate:
         """
         frozen = {INPUT: 1, **dict(zip(self.groups, self.frozen, strict=True))}
         own = {INPUT: 0, **dict(zip(self.groups, self.all, strict=True))}
-        layers = [(node, self.graph.source(node).groups) for node in self.graph.nodes if isinstance(node.op, Reader)]
         return {
             node.name
-            for node, read in layers
+            for node, read in self._readers
             if any(frozen[group] for group in read) and (not node.positions or any(own[group] for group in read))
         }
 
