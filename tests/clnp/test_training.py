@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
+import ctypes
 import json
 import math
-import platform
-import resource
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -121,24 +119,36 @@ def test_what_is_random_in_a_step_is_drawn_anew_for_every_seed_task_and_step(mon
         torch.Generator().manual_seed(seed + 255)
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="memory is kept by settings of glibc's malloc")
-def test_an_epoch_uses_the_memory_of_those_before() -> None:
-    graph = conv((3, 64, 64), [9, 9], batch_norm=True)
-    inputs, labels = make_samples(240, graph.input_shape)
-    pages = []
-    for run_epoch in (Training.run_epoch, inspect.unwrap(Training.run_epoch)):
-        pack = make_pack(State.empty(Architecture(graph)), 1)
-        features = pack.features(inputs, labels)
-        training = Training(pack, [0.01], features, features, TrainingSettings(6, 240), 0, 0)
-        fresh = []
-        for _ in range(6):
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-            run_epoch(training)
-            fresh.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-        pages.append(min(fresh))
-    of_a_value = 240 * graph.largest_value * 4
-    assert of_a_value > 32 << 20  # more than malloc keeps by itself
-    assert pages[0] < of_a_value // resource.getpagesize() < pages[1]
+class MallInfo(ctypes.Structure):
+    """glibc's struct mallinfo2: bytes of malloc's heap, of which some are free, and of blocks mapped beside it."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in ["arena", "ordblks", "smblks", "hblks", "mapped", "usmblks", "fsmblks", "used", "free", "keepcost"]
+    ]
+
+
+def large_blocks() -> tuple[int, int]:
+    """Takes a block for which malloc's heap has no room, and frees it; how many were mapped, and how many are kept."""
+    mallinfo = ctypes.CDLL(None).mallinfo2
+    mallinfo.restype = MallInfo
+    before = mallinfo()
+    block = torch.empty(before.free + (64 << 20), dtype=torch.uint8)
+    mapped = mallinfo().mapped - before.mapped
+    size = len(block)
+    del block
+    return mapped // size, mallinfo().free // size
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="memory is kept by settings of glibc's malloc")
+def test_an_epoch_uses_the_memory_of_those_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, training = make_training(State.empty(SMALL), ALPHAS, RATES, TrainingSettings(1, batch_size=1000))
+    inside = []
+    monkeypatch.setattr(Pack, "shrink", lambda *_: inside.append(large_blocks()))
+    assert large_blocks() == (1, 0)
+    training.run_epoch()
+    assert inside == [(0, 1)]
+    assert large_blocks() == (1, 0)
 
 
 def test_a_diverging_point_ends_as_a_record_and_not_as_an_error() -> None:
