@@ -449,18 +449,17 @@ class Dropout(Op):
 
     def plain(self, inputs: Sequence[Tensor], tensors: Tensors, training: bool = False) -> Tensor:
         (value,) = inputs
-        return value * self._mask(value) if training and self.share else value
+        return value * tensors["mask"] if "mask" in tensors else value
 
     def packed(self, inputs: Sequence[Tensor], tensors: Tensors, points: int, training: bool) -> Tensor:
         (value,) = inputs
-        if not training or not self.share:
+        if "mask" not in tensors:
             return value
         samples_first = value if value.ndim == 4 else value.T
-        each = samples_first.unflatten(1, (points, -1))
-        dropped = (each * self._mask(each[:, 0]).unsqueeze(1)).flatten(1, 2)
+        dropped = (samples_first.unflatten(1, (points, -1)) * tensors["mask"].unsqueeze(1)).flatten(1, 2)
         return dropped if value.ndim == 4 else dropped.T
 
-    def _mask(self, value: Tensor) -> Tensor:
+    def mask(self, value: Tensor) -> Tensor:
         """Random zeros among 1 / (1 - share), to multiply a value with [B, C, ...].
 
         They are made of 16 random bits each, which is four times as fast as `bernoulli_`.

@@ -178,18 +178,20 @@ class Block:
         dtype: torch.dtype = torch.float32,
         graph: Graph | None = None,
         keep: bool = False,
+        drawn: dict[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """The points' own values at each node, in packed form (`ops.py`); the last node's are the logits.
 
         Args:
             graph: Another order of the same nodes.
             keep: Whether all values are wanted, and not the logits alone.
+            drawn: What other points of as many units have drawn for these samples, which is drawn if it is not there.
         """
         graph = graph or self.graph
         values: dict[str, Tensor] = {}
         for node in graph.nodes:
             if self.width(node):
-                values[node.name] = self.compute(graph, node, values, levels, training, dtype)
+                values[node.name] = self.compute(graph, node, values, levels, training, dtype, drawn=drawn)
                 if not keep:
                     for name in node.inputs:
                         if graph.last_readers[name] == node.name:
@@ -209,28 +211,38 @@ class Block:
         training: bool = False,
         dtype: torch.dtype = torch.float32,
         first: int = 0,
+        drawn: dict[str, Tensor] | None = None,
     ) -> Tensor:
         """A node's own value, from those that it reads.
 
         Args:
             first: The first unit that is wanted, if not all are: of one point, and of one group. What is no layer is
                 given its inputs from there on.
+            drawn: As in `forward`.
         """
         tensors = self.tensors.get(node.name, {})
+        drawn = {} if drawn is None else drawn
         if first:
             tensors = {name: tensor[:, first:] for name, tensor in tensors.items()}
         if not isinstance(node.op, Reader):
             own = [values[name] for name in node.inputs if name in values]
             if training and node.name in graph.in_place:
                 return node.op.overwriting(own, graph.in_place[node.name])
+            if training and isinstance(node.op, Dropout) and node.op.share:
+                if node.name not in drawn:
+                    samples_first = own[0] if own[0].ndim == 4 else own[0].T
+                    drawn[node.name] = node.op.mask(samples_first.unflatten(1, (self.points, -1))[:, 0])
+                tensors = {"mask": drawn[node.name]}
             return node.op.packed(own, tensors, self.points, training)
         source = graph.source(node)
         own_value, shared = values.get(source.name), self.shared(graph, node, levels)
         if shared is None and own_value is None:
             return self._bias_alone(node, tensors, len(levels[INPUT]), dtype)
-        if shared is not None and training and (dropout := graph.dropout_of(source)) is not None:
-            by_unit = shared.unflatten(1, (-1, source.taps)) if source.taps > 1 else shared
-            shared = dropout.plain([by_unit], {}, training).reshape(shared.shape)
+        if shared is not None and training and (dropout := graph.dropout_of(source)) is not None and dropout.share:
+            if node.name not in drawn:
+                by_unit = shared.unflatten(1, (-1, source.taps)) if source.taps > 1 else shared
+                drawn[node.name] = (by_unit * dropout.mask(by_unit)).reshape(shared.shape)
+            shared = drawn[node.name]
         return node.op.read(shared, own_value, tensors, self.points, dtype)
 
     def shared(self, graph: Graph, node: Node, levels: Levels) -> Tensor | None:
@@ -334,6 +346,8 @@ class Pack:
         whole = all(len(units) == self.graph.groups[group] for group, units in self.units[0].items())
         if whole and size == 1 and isinstance(initial, Mapping) and self.device.type == "cpu":
             self._trained_order = self._trained_order.in_blocks
+        cpu = self.device.type == "cpu"  # elsewhere steps are recorded, each with memory of its own
+        self._draw_once = cpu and all(block.units == self.blocks[0].units for block in self.blocks)
         self._random = any(isinstance(node.op, Dropout) and node.op.share for node in self.graph.nodes)
         self.replay = Replay(self.device)
         if self.device.type == "cuda":
@@ -406,16 +420,17 @@ class Pack:
             batch, labels = features.batch(chunk, seed + part)
             levels = {name: self.replay.stage(name, level) for name, level in batch.items()}
             labels = self.replay.stage("labels", labels)
+            drawn: dict[str, Tensor] = {}
             for first, block in zip(self._first, self.blocks, strict=True):
                 if self._random:  # alike for all points, whoever shares a pack with whom
                     torch.manual_seed(seed + part)
-                learn = partial(self._learn, block, levels, labels, len(index))
+                learn = partial(self._learn, block, levels, labels, len(index), drawn if self._draw_once else {})
                 losses[first : first + block.points] += self.replay((first, len(labels), len(index)), learn)
         return losses
 
-    def _learn(self, block: Block, levels: Levels, labels: Tensor, batch_size: int) -> Tensor:
+    def _learn(self, block: Block, levels: Levels, labels: Tensor, batch_size: int, drawn: dict[str, Tensor]) -> Tensor:
         """Adds a block's gradients of some samples of a batch; gives its points' losses [K], summed."""
-        values = block.forward(levels, True, self.dtype, self._trained_order)
+        values = block.forward(levels, True, self.dtype, self._trained_order, drawn=drawn)
         logits = block.logits(values)
         loss, grad = cross_entropy(self._masked(logits.detach(), labels), labels, batch_size)
         if logits.requires_grad:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from builders import OPS_USED, each_point, make_pack, make_samples, make_state, using
@@ -192,7 +190,7 @@ def test_a_layer_that_reads_no_unit_trains_its_bias() -> None:
 def test_dropout_zeroes_its_share_and_keeps_the_mean(share: float, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     value = torch.ones(50, 20, 10, 10, dtype=dtype).contiguous(memory_format=torch.channels_last)
-    dropped = Dropout(share).plain([value], {}, training=True)
+    dropped = Dropout(share).plain([value], {"mask": Dropout(share).mask(value)}, training=True)
     assert dropped.stride() == value.stride()
     assert (dropped == 0).float().mean().item() == pytest.approx(share, abs=0.005)
     if share < 1:
@@ -202,28 +200,24 @@ def test_dropout_zeroes_its_share_and_keeps_the_mean(share: float, dtype: torch.
 @pytest.mark.parametrize(("unit", "kept_together"), [("channel", (2, 3)), ("sample", (1, 2, 3))])
 def test_dropout_of_a_unit_takes_all_of_its_values(unit: str, kept_together: tuple[int, ...]) -> None:
     torch.manual_seed(0)
-    zero = Dropout(0.5, unit).plain([torch.ones(100, 8, 3, 3)], {}, training=True) == 0
+    zero = Dropout(0.5, unit).mask(torch.ones(100, 8, 3, 3)).expand(100, 8, 3, 3) == 0
     assert torch.equal(zero.any(kept_together), zero.all(kept_together))
     assert 0.3 < zero.float().mean().item() < 0.7
 
 
-@pytest.mark.parametrize("settings", [{"share": 0.0}, {"share": 0.5}])
-def test_dropout_does_nothing_in_evaluation_or_without_a_share(settings: dict[str, Any]) -> None:
-    assert Dropout(**settings).plain([MAP], {}, training=not settings["share"]) is MAP
+def test_dropout_without_a_mask_does_nothing() -> None:
+    assert Dropout().plain([MAP], {}) is Dropout().packed([MAP], {}, 2, training=False) is MAP
 
 
 @pytest.mark.parametrize("shape", [(100, 8, 3, 3), (100, 8)])
 @pytest.mark.parametrize("unit", ["value", "channel", "sample"])
 def test_points_that_are_computed_together_drop_the_same(unit: str, shape: tuple[int, ...]) -> None:
-    def side_by_side(points: int) -> torch.Tensor:
-        value = torch.ones(shape[0], points * shape[1], *shape[2:])
-        return value if value.ndim == 4 else value.T.contiguous()
-
-    torch.manual_seed(0)
-    alone = Dropout(0.5, unit).packed([side_by_side(1)], {}, 1, training=True)
-    torch.manual_seed(0)
-    together = Dropout(0.5, unit).packed([side_by_side(2)], {}, 2, training=True)
-    assert torch.equal(together, torch.cat([alone, alone], 1 if alone.ndim == 4 else 0))
-    dropped = (alone if alone.ndim == 4 else alone.T) == 0
+    value = torch.ones(shape)
+    op, tensors = Dropout(0.5, unit), {"mask": Dropout(0.5, unit).mask(value)}
+    alone = op.plain([value], tensors)
+    side_by_side = torch.cat([value, value], 1)
+    packed = op.packed([side_by_side if value.ndim == 4 else side_by_side.T], tensors, 2, training=True)
+    assert torch.equal(packed if value.ndim == 4 else packed.T, torch.cat([alone, alone], 1))
+    dropped = alone == 0
     assert 0.3 < dropped.float().mean().item() < 0.7
     assert unit != "sample" or torch.equal(dropped.flatten(1).any(1), dropped.flatten(1).all(1))

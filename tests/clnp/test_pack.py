@@ -37,6 +37,7 @@ from clnp_search.clnp.training import Training, TrainingSettings
 
 SMALL = make_network()
 NETWORKS = GRAPHS | {f"mlp_{name}": mlp(3, (5, 6), name) for name in ("sigmoid", "tanh", "gelu")}
+DROPOUT = conv((2, 6, 6), [16, "pool"], [5], dropout=0.5)
 ALPHAS: list[tuple[float, ...]] = [(0.0, 0.0, 0.0), (0.01, 0.02, 0.03), (0.1, 0.0, 0.2)]
 RATES = [0.01, 0.02, 0.05]
 ALL = torch.arange(9)
@@ -442,11 +443,11 @@ def test_a_proximal_step_is_a_plain_step_and_then_a_soft_threshold(network: str)
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize("kind", ["adam", "sgd"])
-@pytest.mark.parametrize("network", ["wide", "conv", "conv_norm", "residual"])
+@pytest.mark.parametrize("network", ["wide", "conv", "conv_norm", "residual", "dropout"])
 def test_a_points_bits_do_not_depend_on_who_shares_its_pack_on_a_cpu(network: str, kind: str, size: int) -> None:
     # Products of dense layers round by the number of rows and by where operands lie in memory: alike for all points
     # only at widths like these. Maps are computed one point at a time.
-    graph = mlp(16, (64, 48)) if network == "wide" else GRAPHS[network]
+    graph = {"wide": mlp(16, (64, 48)), "dropout": DROPOUT, **GRAPHS}[network]
     state = make_state(Architecture(graph), 0 if network == "wide" else 1)
     settings = TrainingSettings(1, 16, kind)
     alphas, rates = [*alphas_of(graph), (0.05,) * len(graph.layers)], [*RATES, 0.03]
@@ -586,6 +587,22 @@ def test_a_pack_goes_on_from_what_each_point_starts_with() -> None:
         # What was pruned has no part in the network: its leaves are zero, and so is its scale.
         twin.loss(inputs, labels, (0.0,) * len(state.graph.layers)).backward()
         twin.assert_gradients(pack, position)
+
+
+def test_a_point_drops_the_same_beside_points_of_other_units() -> None:
+    state, alpha = make_state(Architecture(DROPOUT), 1), (0.0,) * len(DROPOUT.layers)
+    thetas = [{"conv0": theta, "dense0": 0.0} for theta in (0.0, 0.8, 0.0)]
+    starts = [make_trained(state, seed=seed).pruned(DROPOUT, theta) for seed, theta in enumerate(thetas)]
+    assert len({len(start.units["conv0"]) for start in starts}) > 1
+    samples = make_samples(9, DROPOUT.input_shape)
+
+    def trained(starts: list[FreeParameters]) -> list[bytes]:
+        pack = Pack(state, 2, [alpha] * len(starts), starts)
+        features, rates = pack.features(*samples), [0.01] * len(starts)
+        run_all(Training(pack, rates, features, features, TrainingSettings(1, 9), 0, 0))
+        return point_bytes(pack)
+
+    assert trained(starts) == [trained([start])[0] for start in starts]
 
 
 def test_initial_weights_differ_between_seeds_and_between_tasks() -> None:
