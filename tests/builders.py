@@ -30,6 +30,7 @@ from clnp_search.clnp.ops import (
     GroupedConv,
     Identity,
     InstanceNorm,
+    LargestPosition,
     Linear,
     MaxPool,
     MeanPositions,
@@ -37,6 +38,7 @@ from clnp_search.clnp.ops import (
     Op,
     Pad,
     PRelu,
+    Subtract,
     ToMap,
 )
 from clnp_search.clnp.pack import Pack
@@ -168,6 +170,7 @@ OPS_USED: list[Op] = [
     Flatten(),
     GroupedConv(padding=(1, 1), blocks=2, rows=2, columns=2),
     Identity(),
+    LargestPosition(),
     InstanceNorm(),
     InstanceNorm(affine=False),
     Linear(),
@@ -178,6 +181,7 @@ OPS_USED: list[Op] = [
     Pad(),
     Pad((0, 1, -1, 2)),
     PRelu(),
+    Subtract(),
     ToMap(),
 ]
 

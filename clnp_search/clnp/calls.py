@@ -28,6 +28,7 @@ from clnp_search.clnp.ops import (
     Flatten,
     GroupedConv,
     InstanceNorm,
+    LargestPosition,
     Linear,
     MaxPool,
     MeanPositions,
@@ -35,6 +36,7 @@ from clnp_search.clnp.ops import (
     Op,
     Pad,
     PRelu,
+    Subtract,
     ToMap,
 )
 
@@ -119,7 +121,7 @@ class Call:
     def in_place(self) -> bool:
         """Whether it changes what it reads."""
         named = self.label.endswith("_") or self.label in ("iadd", "isub", "imul", "itruediv")
-        positional = HANDLERS.get(plain_name(self.label)) is _activation and self.args[-1:] == (True,)
+        positional = HANDLERS.get(plain_name(self.label)) is _activation and bool(self.args) and self.args[-1] is True
         return named or positional or bool(self.kwargs.get("inplace", getattr(self.module, "inplace", False)))
 
     def value(self, position: int = 0) -> Value:
@@ -293,11 +295,13 @@ def _activation(call: Call) -> Step:
 @_traces("clamp clampmin")
 def _clamp(call: Call) -> Step:
     low, high = call.settings(min=None, max=None)
-    if isinstance(low, int | float) and isinstance(high, int | float):
-        return call.node(Activation("hardtanh", (("min_val", low), ("max_val", high))), call.read())
     if low == 0 and high is None:
         return call.node(Activation("relu"), call.read())
-    raise NoNode(f"clamp between {low} and {high}; allowed: two numbers, or 0 alone from below")
+    if not all(each is None or isinstance(each, int | float) for each in (low, high)):
+        raise NoNode(f"{call.label} between {low} and {high}; allowed: numbers")
+    largest = torch.finfo(torch.float32).max
+    bounds = ("min_val", -largest if low is None else low), ("max_val", largest if high is None else high)
+    return call.node(Activation("hardtanh", bounds), call.read())
 
 
 @_traces("maxpool2d")
@@ -366,6 +370,14 @@ def _identity(call: Call) -> Step:
     return call.value().step
 
 
+@_traces("float to")
+def _precision(call: Call) -> Step:
+    others = [each for each in (*call.args, *call.kwargs.values()) if isinstance(each, torch.dtype)]
+    if any(each != torch.float32 for each in others):
+        raise NoNode(f"{call.label} {others[0]}; training.precision says what products are computed in")
+    return call.value().step
+
+
 @_traces("expand expandas")
 def _expand(call: Call) -> Step:
     """A map of one position seen as a larger one: the product or the sum that reads it expands it by itself."""
@@ -395,17 +407,23 @@ def _reshape(call: Call) -> Step:
     raise NoNode(f"{call.label} from {batch_of(value.shape)} to {batch_of(new)}, where units cannot be followed")
 
 
-@_traces("mean")
-def _mean(call: Call) -> Step:
-    """Over all positions of a map, also of one that is seen with one dimension of positions."""
+@_traces("mean amax")
+def _over_positions(call: Call) -> Step:
+    """Over all positions of a map, also of one that is seen with one dimension of positions; or over its columns."""
     dim, keep = call.settings(dim=None, keepdim=False)
-    value = call.value()
+    value, largest = call.value(), plain_name(call.label) == "amax"
     old, seen = value.step.shape, value.shape
     dims = {each % len(seen) for each in (range(len(seen)) if dim is None else [dim] if isinstance(dim, int) else dim)}
+    if seen == old and dims == {3}:
+        return replace(call, shape=(*old[:3], 1)).node(AdaptivePool((old[2], 1), largest), value)
     over_positions = len(old) == 4 and old[:2] == seen[:2] and _size(old) == _size(seen)
     if not over_positions or dims != set(range(2, len(seen))) or (keep and len(seen) != 4):
-        raise NoNode(f"mean of {batch_of(seen)} over dimensions {sorted(dims)}; allowed: over all positions at once")
-    return call.node(AdaptivePool() if keep else MeanPositions(), value)
+        raise NoNode(
+            f"{call.label} of {batch_of(seen)} over dimensions {sorted(dims)}; allowed: over all positions at once"
+        )
+    if keep:
+        return call.node(AdaptivePool(maximum=largest), value)
+    return call.node(LargestPosition() if largest else MeanPositions(), value)
 
 
 @_traces("add sub mul div neg")
@@ -417,9 +435,9 @@ def _arithmetic(call: Call) -> Step:
     if call.kwargs.get("alpha", 1) != 1 or call.kwargs.get("rounding_mode"):
         raise NoNode(f"{call.label} with alpha or rounding_mode")
     if kind != "neg" and not numbers:
-        if kind not in ("add", "mul"):
-            raise NoNode(f"{call.label} of two tensors; allowed: their sum and their product")
-        return call.node(Add() if kind == "add" else Multiply(), _alike(call))
+        if kind == "div":
+            raise NoNode(f"{call.label} of two tensors; allowed: their sum, their difference and their product")
+        return call.node({"add": Add, "sub": Subtract, "mul": Multiply}[kind](), _alike(call))
     number = float(numbers[0]) if numbers else 0.0
     reverse = bool(numbers) and numbers[0] is operands[0]
     if kind == "div" and (reverse or not number):

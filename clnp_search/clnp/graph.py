@@ -30,6 +30,7 @@ from clnp_search.clnp.ops import (
     Flatten,
     GroupedConv,
     Identity,
+    LargestPosition,
     Linear,
     MaxPool,
     MeanPositions,
@@ -189,7 +190,7 @@ class Graph:
 
         That is a rectifier or another shape; and pooling, where a channel is dropped as a whole.
         """
-        pools, pooled = MaxPool | AvgPool | AdaptivePool | MeanPositions, False
+        pools, pooled = MaxPool | AvgPool | AdaptivePool | MeanPositions | LargestPosition, False
         while True:
             if isinstance(node.op, Dropout):
                 return None if pooled and node.op.unit == "value" else node.op

@@ -516,6 +516,14 @@ class MeanPositions(_ToFlat):
 
 
 @dataclass(frozen=True)
+class LargestPosition(_ToFlat):
+    """The largest value of each channel's map, as a flat value."""
+
+    def plain(self, inputs: Sequence[Tensor], tensors: Tensors, training: bool = False) -> Tensor:
+        return inputs[0].amax((2, 3))
+
+
+@dataclass(frozen=True)
 class ToMap(Op):
     """Flat values as maps of one position, for example of a gate."""
 
@@ -542,6 +550,18 @@ class Add(Op):
             if position != index:
                 total.add_(value)
         return total
+
+
+@dataclass(frozen=True)
+class Subtract(Add):
+    """The difference of two values over the same units."""
+
+    def plain(self, inputs: Sequence[Tensor], tensors: Tensors, training: bool = False) -> Tensor:
+        return inputs[0] - inputs[1]
+
+    def overwriting(self, inputs: Sequence[Tensor], index: int) -> Tensor:
+        first, second = inputs
+        return second.neg_().add_(first) if index else first.sub_(second)
 
 
 @dataclass(frozen=True)
@@ -585,12 +605,14 @@ OPS: dict[str, type[Op]] = {
         GroupedConv,
         Identity,
         InstanceNorm,
+        LargestPosition,
         Linear,
         MaxPool,
         MeanPositions,
         Multiply,
         Pad,
         PRelu,
+        Subtract,
         ToMap,
     )
 }

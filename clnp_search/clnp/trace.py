@@ -1,8 +1,8 @@
 """A user's module as a graph; or every reason why it cannot be one, named at once.
 
-torch.fx follows the module's forward, in evaluation, down to the layers of torch.nn. Each call is then run on a small
-example and becomes a node, by its name and the shapes that it saw: what a forward computes with sizes is evaluated, and
-a view is a flatten if that is what it does (`calls`). What is done only while training (auxiliary heads) is left out.
+torch.fx follows the module's forward, in evaluation, down to the layers of torch.nn; what it asks of sizes, a small
+example answers. Each call is then run on the example and becomes a node, by its name and the shapes that it saw: a view
+is a flatten if that is what it does (`calls`). What is done only while training (auxiliary heads) is left out.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from operator import attrgetter
 from typing import Any
 
@@ -26,6 +27,7 @@ from clnp_search.clnp.graph import CLASSES, INPUT, Builder, Graph, run
 from clnp_search.clnp.ops import Op, Reader
 
 BATCH = 2  # samples of the example; batch normalisation would take one, but a view might not tell it from a channel
+RESERVED = {CLASSES, "born", "heads", "memory"}  # what a state calls its own tensors
 
 
 @dataclass(frozen=True)
@@ -152,9 +154,15 @@ def trace(module: nn.Module, input_shape: tuple[int, ...]) -> Traced:
         raise NetworkRefused(
             [Refused(name, "has no shape yet; call the network once where it is made") for name in lazy]
         )
+    if isinstance(module, nn.DataParallel):
+        raise NetworkRefused(
+            [Refused("DataParallel", "spreads a network over devices; give the network, its `module`")]
+        )
+    if held := _held_in_evaluation(module):
+        raise NetworkRefused([Refused(name, "stays in evaluation when its network trains") for name in held])
     example = torch.rand(BATCH, *input_shape, generator=torch.Generator().manual_seed(0))
     example = example.to(next((parameter.device for parameter in module.parameters()), "cpu"))
-    tracer = _Tracer()
+    tracer = _Tracer(example)
     with _evaluating(module), torch.random.fork_rng(devices=[]):
         with torch.no_grad():
             walk = _Walk(module, tracer)
@@ -165,6 +173,14 @@ def trace(module: nn.Module, input_shape: tuple[int, ...]) -> Traced:
             output = module(example.clone())
     traced.require_trained(module, output)
     return traced
+
+
+def _held_in_evaluation(module: nn.Module) -> list[str]:
+    """The normalisations and dropouts that a network's own `train` does not switch on."""
+    with _evaluating(module):
+        module.train()
+        kinds = nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd
+        return [name for name, each in module.named_modules() if isinstance(each, kinds) and not each.training]
 
 
 @contextmanager
@@ -178,12 +194,71 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
             each.training = mode
 
 
+class _Sized(fx.Proxy):
+    """A value in a forward that is followed, of which Python may see the example's sizes, but no numbers."""
+
+    @property
+    def _example(self) -> Any:
+        return self.tracer.value(self.node)  # type: ignore[attr-defined]
+
+    @property
+    def shape(self) -> torch.Size:
+        return self._example.shape
+
+    @property
+    def ndim(self) -> int:
+        return self._example.ndim
+
+    def size(self, dim: int | None = None) -> Any:
+        return self._example.size(dim)
+
+    def dim(self) -> int:
+        return self._example.dim()
+
+    def numel(self) -> int:
+        return self._example.numel()
+
+    def __len__(self) -> int:
+        return len(self._example)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (
+            map(self.__getitem__, range(len(self))) if isinstance(self._example, tuple | list) else super().__iter__()
+        )
+
+
 class _Tracer(fx.Tracer):
     """Follows a forward down to the layers of torch.nn. A module that cannot be followed stays whole, with a reason."""
 
-    def __init__(self) -> None:
+    def __init__(self, example: Tensor) -> None:
         super().__init__()
         self.failed: dict[str, str] = {}
+        self._example, self._is_evaluating = example, False
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """What stands for a node's value in the forward."""
+        return _Sized(node, self)
+
+    @cached_property
+    def _evaluator(self) -> fx.Interpreter:
+        evaluator = fx.Interpreter(self.root, garbage_collect_values=False, graph=self.graph)
+        evaluator.args_iter = iter([self._example.clone()])
+        return evaluator
+
+    def value(self, node: fx.Node) -> Any:
+        """A node's value on the example."""
+        values, self._is_evaluating = self._evaluator.env, True
+        try:
+            for each in self.graph.nodes:  # in order, for some may change what they read
+                if each not in values:
+                    values[each] = self._evaluator.run_node(each)
+        finally:
+            self._is_evaluating = False
+        return values[node]
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
+        """What an attribute of a module gives."""
+        return attr_val if self._is_evaluating else super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether a module is one call: a class of torch.nn that does what it says, or is refused whatever it does."""
@@ -194,13 +269,15 @@ class _Tracer(fx.Tracer):
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """What a call of a module gives."""
+        if self._is_evaluating:
+            return forward(*args, **kwargs)
         stack = OrderedDict(self.module_stack)
         try:
             return super().call_module(m, forward, args, kwargs)
         except Exception as error:  # a user's forward may raise anything
             self.module_stack = stack
             path = self.path_of_module(m)
-            why = "cannot be followed, as where control flow depends on data or on shapes (torch._assert checks them)"
+            why = "cannot be followed, as where control flow depends on data"
             self.failed[path] = f"{why}: {_described(error)}"
             return self.create_proxy("call_module", path, args, kwargs)
 
@@ -306,8 +383,9 @@ class _Walk(fx.Interpreter):
             self._logits[node] = self._values[read[0]]
         value = Value(step if self._steps.get(step.name) is step else self._append(step), shape)
         self._values[node] = value
-        if read and call.in_place:  # who reads the input from now on reads this
-            self._values[read[0]] = value
+        if read and call.in_place:  # who reads the input from now on, by whatever name, reads this
+            changed = self.env[read[0]]
+            self._values |= {each: value for each in self._values if self.env.get(each) is changed}
 
     def _step(self, node: fx.Node, call: Call) -> Step:
         """The step of a call.
@@ -353,7 +431,7 @@ class _Walk(fx.Interpreter):
     def _append(self, step: Step) -> Step:
         """Keeps a step under a name of its own."""
         wanted, number = step.name, 1
-        while step.name in (*self._steps, CLASSES):
+        while step.name in RESERVED | self._steps.keys():
             step.name, number = f"{wanted}_{number}", number + 1
         self._steps[step.name] = step
         return step
@@ -419,6 +497,8 @@ class _Walk(fx.Interpreter):
             self._fault("", f"gives {graph.nodes[-1].taps} logits of each class, one for each position; pool them")
         if not graph.groups:
             self._fault("", "has no layer before the head, and so no unit that could be pruned")
+        if graph.nodes[-1].groups != (CLASSES,):
+            self._fault("", "joins values to its logits; the head is one layer, and each task has its own")
         if self._faults:
             raise NetworkRefused(self._faults)
         return Traced(graph, sources)

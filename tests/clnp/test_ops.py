@@ -25,6 +25,7 @@ from clnp_search.clnp.ops import (
     MeanPositions,
     Op,
     PRelu,
+    Subtract,
     largest_of_windows,
 )
 from clnp_search.clnp.pack import Pack
@@ -149,6 +150,16 @@ def _joined(*inputs_of_sum: str) -> Graph:
 )
 def test_a_sum_overwrites_what_nothing_else_reads(inputs: tuple[str, ...], overwritten: dict[str, int]) -> None:
     assert _joined(*inputs).in_place == overwritten
+
+
+@pytest.mark.parametrize("op", [Add(), Subtract()], ids=str)
+@pytest.mark.parametrize("index", [0, 1])
+def test_what_is_overwritten_is_the_same_and_the_other_value_stays(op: Op, index: int) -> None:
+    values = [MAP, MAP.flip(0)]
+    given = [value.clone() for value in values]
+    assert torch.equal(op.overwriting(given, index), op.plain(values, {}))
+    assert torch.equal(given[index], op.plain(values, {}))
+    assert torch.equal(given[1 - index], values[1 - index])
 
 
 def test_a_value_that_two_nodes_read_is_not_overwritten() -> None:

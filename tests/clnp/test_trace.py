@@ -6,12 +6,13 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import torch_pruning
 import torchvision
-from builders import commit_at
+from builders import commit_at, make_state
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
@@ -162,13 +163,33 @@ FORWARDS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "mean over a view": lambda net, x: x * x.flatten(2).mean(-1).unsqueeze(-1).unsqueeze(-1),
     "changes in place": lambda net, x: x.add_(1) * 0 + F.relu(x, inplace=True) + x,
     "padding": lambda net, x: F.pad(F.pad(x, [1, 1]), (0, 0, 1, -1), mode="constant", value=0),
+    "difference": lambda net, x: net.layer(x) - x,
+    "difference in place": lambda net, x: net.layer(x).sub_(x),
+    "mean of rows, then of columns": lambda net, x: x * x.mean(3).mean(2)[:, :, None, None],
+    "gate of the largest": lambda net, x: x * torch.sigmoid(net.linear(x.amax((2, 3))))[:, :, None, None],
+    "largest of a view": lambda net, x: x * x.flatten(2).amax(-1)[:, :, None, None],
+    "clamp on one side": lambda net, x: x.clamp(max=0.3).clamp_min(-0.2),
+    "precision": lambda net, x: x.float().to(torch.float32).to(x.device),
+    "hand-written mish": lambda net, x: x * torch.tanh(F.softplus(x, 1)),
+    "looks at sizes": lambda net, x: looks_at_sizes(x),
+    "sizes in numpy": lambda net, x: x.view(len(x), -1, int(np.prod(x.shape[2:]))).view(x.shape),
+    "another name before a change in place": lambda net, x: (lambda same: F.relu_(x) + same)(net.same(x)),
     "there and back": lambda net, x: x.flatten(2).reshape(x.shape).contiguous().clone(),
 }
 
 
+def looks_at_sizes(x: Tensor) -> Tensor:
+    assert x.ndim == x.dim() == 4
+    batch, channels, *rest = x.shape
+    positions = 1
+    for size in x.size()[2:]:
+        positions *= size
+    return x.view(batch, channels, positions).view(-1, channels, *rest) if x.size(-1) > 2 else -x
+
+
 @pytest.mark.parametrize("name", FORWARDS)
 def test_a_forward_computes_what_it_did(name: str) -> None:
-    layers = {"layer": nn.Conv2d(4, 4, 1), "wide": nn.Conv2d(8, 4, 1), "linear": nn.Linear(4, 4)}
+    layers = {"layer": nn.Conv2d(4, 4, 1), "wide": nn.Conv2d(8, 4, 1), "linear": nn.Linear(4, 4), "same": nn.Identity()}
     assert_same(around(FORWARDS[name], **layers))
 
 
@@ -228,9 +249,14 @@ def test_nodes_have_the_modules_names_and_each_call_its_own() -> None:
     assert [node.name for node in graph.nodes] == names
 
 
-def test_a_module_named_like_the_input_or_the_classes_keeps_its_tensors() -> None:
-    layers = {"input": nn.Linear(6, 4), "classes": nn.Linear(4, 5)}
-    assert_same(Forward(lambda net, x: net.classes(F.relu(net.input(x))), **layers), (6,))
+@pytest.mark.parametrize("name", ["input", "classes", "born", "heads", "memory"])
+@pytest.mark.parametrize("head", ["single", "multi"])
+def test_a_module_named_like_what_a_state_holds_keeps_its_tensors(name: str, head: str) -> None:
+    layers = {name: nn.Linear(6, 4), "head": nn.Linear(4, 5)}
+    graph = assert_same(Forward(lambda net, x: net.head(F.relu(getattr(net, name)(x))), **layers), (6,))
+    state = make_state(Architecture(graph, head), 2)
+    read, digest = State.from_bytes(state.to_bytes()), Subnetwork(state, 0).digest
+    assert (read.digest, Subnetwork(read, 0).digest) == (state.digest, digest)
 
 
 def test_arguments_with_defaults_keep_them() -> None:
@@ -299,6 +325,19 @@ def test_a_value_that_is_changed_in_place_after_it_was_kept_is_refused_also_wher
     torch.testing.assert_close(network.state_dict(), before, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("layer", [nn.BatchNorm2d(4), nn.Dropout()], ids=repr)
+def test_layers_that_the_module_keeps_in_evaluation_are_refused(layer: nn.Module) -> None:
+    class Held(Forward):
+        def train(self, mode: bool = True) -> Held:
+            super().train(mode)
+            self.layer.eval()
+            return self
+
+    layers = {"first": nn.Conv2d(3, 4, 3), "layer": layer, "head": nn.Linear(4, 5)}
+    module = Held(lambda net, x: net.head(net.layer(net.first(x)).mean((2, 3))), **layers)
+    assert reason(module) == ("layer", "stays in evaluation when its network trains")
+
+
 @pytest.mark.parametrize("how", ["requires_grad", "no_grad"])
 def test_layers_that_the_module_holds_fixed_are_refused(how: str) -> None:
     def forward(net: Any, x: Tensor) -> Any:
@@ -318,6 +357,19 @@ def test_a_head_with_a_logit_for_each_position_is_refused() -> None:
 
     place, why = reason(Forward(forward, first=nn.Conv2d(3, 4, 3), head=nn.Conv2d(4, 2, 3)))
     assert (place, "logits of each class" in why) == ("Forward", True)
+
+
+def test_logits_of_several_heads_are_refused() -> None:
+    def forward(net: Any, x: Tensor) -> Any:
+        x = F.relu(net.layer(x))
+        return torch.cat([net.one(x), net.two(x)], 1)
+
+    place, why = reason(Forward(forward, layer=nn.Linear(6, 4), one=nn.Linear(4, 2), two=nn.Linear(4, 2)), (6,))
+    assert (place, "the head is one layer" in why) == ("Forward", True)
+
+
+def test_a_network_that_is_spread_over_devices_is_refused() -> None:
+    assert "give the network" in reason(nn.DataParallel(around(lambda net, x: x)))[1]
 
 
 def test_groups_of_a_head_or_over_a_concatenation_are_refused() -> None:
@@ -368,6 +420,9 @@ def test_a_layer_is_refused_by_its_name(layer: nn.Module, part: str) -> None:
         (lambda net, x: x.view(x.size(0), 2, 2, 6, 6).transpose(1, 2).reshape(x.shape), "view from [batch, 4, 6, 6]"),
         (lambda net, x: x.permute(0, 1, 3, 2), "permute moves values"),
         (lambda net, x: torch.cat(x.chunk(2, 1)[::-1], 1), "chunk takes channels apart"),
+        (lambda net, x: torch.cat([*x.chunk(2, 1)], 1), "chunk takes channels apart"),
+        (lambda net, x: x.double().float(), "double is none of the operations"),
+        (lambda net, x: x.to(torch.float64).float(), "training.precision says"),
         (lambda net, x: x[:, [1, 0, 2, 3]], "getitem from"),
         (lambda net, x: x[:, :, ::2], "getitem from"),
         (lambda net, x: x * x.mean(1, keepdim=True), "mean of [batch, 4, 6, 6] over dimensions [1]"),
@@ -376,7 +431,7 @@ def test_a_layer_is_refused_by_its_name(layer: nn.Module, part: str) -> None:
         (lambda net, x: F.conv2d(x, net.scale), "conv2d reads the tensor 'scale'"),
         (lambda net, x: x * x.max().item(), "item makes a number of the data"),
         (lambda net, x: x if x.sum() > 0 else -x, "control flow"),
-        (lambda net, x: next(x for _ in range(len(x))), "cannot be followed"),
+        (lambda net, x: torch.stack([*x]), "cannot be followed"),
         (lambda net, x: F.pad(x, (1, 1, 1, 1), "reflect"), "pad with reflect; allowed: zeros"),
         (lambda net, x: F.pad(x, (0, 0, 0, 0, 1, -1)), "pad of channels"),
         (lambda net, x: F.dropout(x), "acts in evaluation too"),
