@@ -168,7 +168,8 @@ def trace(module: nn.Module, input_shape: tuple[int, ...]) -> Traced:
             walk = _Walk(module, tracer)
             walk.logits(example.clone())  # what it reads may be changed in place
             traced = walk.build(input_shape)
-            traced.require_alike(module, example, walk.ends_in_log_softmax)
+            more = torch.cat([example, example[:1]])  # what a forward makes of the batch's size must not count
+            traced.require_alike(module, more, walk.ends_in_log_softmax)
         with torch.enable_grad():
             output = module(example.clone())
     traced.require_trained(module, output)

@@ -325,6 +325,11 @@ def test_a_value_that_is_changed_in_place_after_it_was_kept_is_refused_also_wher
     torch.testing.assert_close(network.state_dict(), before, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("middle", [lambda net, x: x / len(x), lambda net, x: x if x.size(0) == 2 else -x])
+def test_a_forward_that_goes_by_the_number_of_samples_is_refused(middle: Callable[[Any, Tensor], Tensor]) -> None:
+    assert "computes something else" in reason(around(middle))[1]
+
+
 @pytest.mark.parametrize("layer", [nn.BatchNorm2d(4), nn.Dropout()], ids=repr)
 def test_layers_that_the_module_keeps_in_evaluation_are_refused(layer: nn.Module) -> None:
     class Held(Forward):
