@@ -367,7 +367,7 @@ class _Walk(fx.Interpreter):
 
     def _take(self, node: fx.Node, path: str, shape: tuple[int, ...]) -> None:
         """Makes the step of a call that gives a tensor."""
-        label, module = _label(node), None
+        label, module = _label(node), self._own_layer(node, path)
         if node.op == "call_module":
             module = self.submodules[str(node.target)]
             label = (_kind(module) or type(module)).__name__
@@ -404,9 +404,17 @@ class _Walk(fx.Interpreter):
         if handler is None:
             unknown = "is none of the operations that are known (clnp/ops.py says how to add one)"
             raise NoNode(f"{call.label} {REASONS.get(plain_name(call.label), unknown)}")
-        if held:
+        if held and call.module is None:
             raise NoNode(f"{call.label} reads the tensor {_label(held[0])!r}, which no layer of torch.nn holds")
         return handler(call)
+
+    def _own_layer(self, node: fx.Node, path: str) -> nn.Module | None:
+        """The layer of torch.nn that is called from a forward of its own, as after a padding of its own."""
+        layer = self.submodules.get(f"0.{path}")
+        if not isinstance(layer, nn.Conv2d | nn.Linear) or _label(node) not in ("conv2d", "linear"):
+            return None
+        read = {str(each.target) for each in node.all_input_nodes if each.op == "get_attr"}
+        return layer if read == {f"0.{path}.{name}" for name, _ in layer.named_parameters()} else None
 
     def _is_strange(self, node: fx.Node) -> bool:
         """Whether a value is no map and not flat, for a reason given: what is done to it is no other fault."""

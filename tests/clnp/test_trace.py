@@ -193,6 +193,17 @@ def test_a_forward_computes_what_it_did(name: str) -> None:
     assert_same(around(FORWARDS[name], **layers))
 
 
+def test_a_layer_with_a_forward_of_its_own_is_that_layer() -> None:
+    class Padded(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(F.pad(x, (0, 1, 0, 1)))
+
+    graph = assert_same(around(lambda net, x: net.conv(x), conv=Padded(4, 4, 2, bias=False)))
+    assert graph.groups == {"first": 4, "conv": 4}
+    place, why = reason(around(lambda net, x: net.conv(net.conv(x)), conv=Padded(4, 4, 2)))
+    assert (place, "is called twice" in why) == ("conv", True)
+
+
 def test_flat_values_are_traced_too() -> None:
     layers = [nn.Flatten(), nn.Linear(12, 6), nn.BatchNorm1d(6), nn.PReLU(6), nn.Dropout(), nn.Linear(6, 4, bias=False)]
     assert_same(nn.Sequential(*layers), (12,))
