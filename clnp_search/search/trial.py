@@ -181,6 +181,8 @@ def _train(inputs: TaskInputs, points: Sequence[Point], notes: tuple[str, ...]) 
     checkpoint = folder.read_checkpoint(task, name)
     if len(missing) < len(points) and checkpoint is None:
         points, notes = missing, (*notes, f"packed apart from {len(points) - len(missing)} points that were finished")
+        name = pack_name([keys[point.index] for point in points])
+        checkpoint = folder.read_checkpoint(task, name)
     started, began = time.perf_counter(), time.time()
     pack, training, train = _begin(inputs, points)
     if checkpoint is not None:

@@ -97,6 +97,21 @@ def test_finished_points_are_not_written_again(tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("points/*")} == before
 
 
+def test_points_that_are_packed_apart_from_finished_ones_go_on_from_their_own_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = make_inputs(tmp_path)
+    run_all(inputs)
+    for record in records(inputs)[1:]:
+        RunFolder(inputs.run.folder).delete_point(0, record)
+    finished = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("points/*")}
+    interrupt(inputs, monkeypatch, 3)
+    assert len(list(trial.run_pack(inputs, inputs.plan.points))) == 1  # of four epochs, the last
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished
+    assert [record.notes for record in records(inputs)[1:]] == [("packed apart from 1 points that were finished",)] * 3
+    assert not list(tmp_path.rglob("packs/*"))
+
+
 def with_pack(monkeypatch: pytest.MonkeyPatch, before: Callable[[list[tuple[float, ...]]], object]) -> None:
     """Has something done with the alphas of each pack before it is made."""
 
