@@ -305,7 +305,7 @@ class Runner:
         failed = [record for record in records if record.status == "failed"]
         if failed:  # what was retrained and chosen since follows from all points, and may become something else
             self._folder.delete_selection(task)
-            for record in records:
+            for record in reversed(records):  # a kill then leaves no round without those before it
                 if record in failed or record.round > failed[0].round:
                     self._folder.delete_point(task, record)
         return len(failed)

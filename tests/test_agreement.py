@@ -24,9 +24,14 @@ from clnp_search.verification import verify
 @pytest.fixture
 def cut_short(copy: RunFolder) -> RunFolder:
     """The same run, as if killed right before its last task was committed."""
-    copy.delete("tasks/001/result.json")
-    copy.delete("tasks/001/state.safetensors")
+    uncommit(copy, 1)
     return copy
+
+
+def uncommit(folder: RunFolder, task: int = 0) -> None:
+    """Leaves a run as if it had been killed right before a task was committed."""
+    folder.delete(f"tasks/{task:03d}/result.json")
+    folder.delete(f"tasks/{task:03d}/state.safetensors")
 
 
 def files(folder: RunFolder) -> dict[Path, bytes]:
@@ -274,6 +279,39 @@ def test_a_task_with_a_point_that_failed_chooses_again_once_it_is_trained(cut_sh
     assert (runner.forget_failed(), runner.forget_failed()) == (1, 0)
     assert runner.run().status == "complete"
     assert all(check.passed for check in verify(cut_short))
+
+
+def test_a_kill_while_failed_points_are_forgotten_leaves_a_run_that_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rounds = {"margin": "20%", "finetune_rounds": 1, "finetune_epochs": 1}
+    sweep = make(scenario={"tasks": 1}, forgetting=rounds, search={"alpha": [1e-3, 3e-3]})
+    folder = run_folder(str(tmp_path), "run")
+    undisturbed = run_in_process(sweep, folder).state_digest
+    best = max(folder.read_points(0), key=lambda record: record.val_correct * (record.round == 0))
+    for record in folder.read_points(0):
+        if record.round:
+            folder.delete_point(0, record)
+    uncommit(folder)
+    folder.delete_selection(0)
+    folder.write_point(0, replace(best, status="failed", val_correct=0, reason="no luck"), None)
+    run_in_process(sweep, folder)  # without the best point, the other is pruned further before its round
+    uncommit(folder)
+    delete = RunFolder.delete_point
+
+    def killed(*arguments: Any) -> None:
+        delete(*arguments)
+        raise KeyboardInterrupt
+
+    runner = Runner(TaskSequence(sweep), folder, InProcess())  # type: ignore[arg-type]
+    monkeypatch.setattr(RunFolder, "delete_point", killed)
+    with pytest.raises(KeyboardInterrupt):
+        runner.forget_failed()
+    monkeypatch.undo()
+    run_in_process(sweep, folder)
+    uncommit(folder)
+    runner.forget_failed()
+    assert run_in_process(sweep, folder).state_digest == undisturbed
 
 
 # A commit against its scan
