@@ -85,7 +85,7 @@ class Lease:
 
     def _give_back(self) -> None:
         with suppress(OSError, RuntimeError):  # what cannot be given back is taken over
-            if (holder := self._folder.read_lease()) and holder.token == self._mine.token:
+            if not self._successor():
                 self._folder.delete_lease()
 
     @property
@@ -110,12 +110,21 @@ class Lease:
                 return now
         return None
 
+    def _successor(self) -> str:
+        """Who has taken the lease over, in words; empty while nobody has."""
+        try:
+            now = self._folder.read_lease()
+        except InputError:
+            return "a process of another version of clnp-search"
+        if now is None:
+            return "a process that has ended since"
+        return "" if now.token == self._mine.token else str(now)
+
     def _beat(self) -> None:
         while not self._ended.wait(BEAT_S):
             try:
-                now = self._folder.read_lease()
-                if now is None or now.token != self._mine.token:
-                    self.lost = f"{self._name} was taken over by {now or 'a process that has ended since'}"
+                if successor := self._successor():
+                    self.lost = f"{self._name} was taken over by {successor}"
                     self._on_lost()
                     return
                 self._mine = replace(self._mine, beat=self._mine.beat + 1)

@@ -142,6 +142,16 @@ def test_who_finds_no_lease_any_more_is_told_that_another_has_come_and_gone(fold
     assert folder.read_lease() is None
 
 
+def test_who_loses_the_lease_to_another_version_is_told_and_leaves_it_in_peace(folder: RunFolder, quick: None) -> None:
+    lost = Event()
+    with Lease(folder, lost.set) as mine:
+        folder.write_lease({"bearer": "other"})  # type: ignore[arg-type]
+        assert lost.wait(60)
+        assert "taken over by a process of another version" in mine.lost
+    with pytest.raises(InputError, match="written by another version"):
+        folder.read_lease()
+
+
 def test_of_many_that_start_at_once_one_drives(folder: RunFolder, quick: None) -> None:
     losers, drivers, decided = list[int](), list[int](), Event()
 
