@@ -45,15 +45,7 @@ class Lease:
         self._folder, self._on_lost = folder, on_lost
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
-        self._mine = Holder(
-            token=uuid.uuid4().hex,
-            beat=0,
-            host=platform.node(),
-            machine=_machine(),
-            pid=os.getpid(),
-            started=_start_of(os.getpid()),
-            since=datetime.now(UTC).isoformat(timespec="seconds"),
-        )
+        self._mine = this_process()
 
     def __enter__(self) -> Lease:
         """Takes the lease; watches another machine's holder first, for up to STILL_S.
@@ -99,8 +91,8 @@ class Lease:
 
     def _alive(self, holder: Holder) -> Holder | None:
         """Who holds the lease; None if nobody does any more."""
-        if holder.machine and holder.machine == self._mine.machine:
-            return holder if holder.started and _start_of(holder.pid) == holder.started else None
+        if (alive := is_alive(holder)) is not None:
+            return holder if alive else None
         logger.warning("%s was being run by %s; watching for %g s whether it still is", self._name, holder, STILL_S)
         end = time.monotonic() + STILL_S
         while time.monotonic() < end:
@@ -131,6 +123,26 @@ class Lease:
                 self._folder.write_lease(self._mine)
             except (OSError, RuntimeError):  # a storage that fails the run as well says so there
                 logger.debug("the lease could not be renewed", exc_info=True)
+
+
+def this_process() -> Holder:
+    """This process as one that drives a run, under a token that no other has."""
+    return Holder(
+        token=uuid.uuid4().hex,
+        beat=0,
+        host=platform.node(),
+        machine=_machine(),
+        pid=os.getpid(),
+        started=_start_of(os.getpid()),
+        since=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def is_alive(holder: Holder) -> bool | None:
+    """Whether a holder's process lives; None if that cannot be seen from here, as of another machine."""
+    if not holder.machine or holder.machine != _machine():
+        return None
+    return holder.started > 0 and _start_of(holder.pid) == holder.started
 
 
 def _machine() -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,9 +9,11 @@ from typing import Literal
 
 from clnp_search.config import Sweep, sweep_of
 from clnp_search.errors import Damaged, InputError
-from clnp_search.lease import STILL_S
-from clnp_search.records import Holder, RunStatus, Summary, summarise
+from clnp_search.lease import STILL_S, is_alive
+from clnp_search.records import RunStatus, Summary, summarise
 from clnp_search.storage import RunFolder, join_uri
+
+CLOCKS_S = 300.0  # by which this machine's clock may be ahead of the storage's: as much as Kerberos allows
 
 
 @dataclass(frozen=True)
@@ -111,21 +111,12 @@ def costs_of(folder: RunFolder) -> tuple[Cost, ...]:
 
 
 def is_running(folder: RunFolder) -> bool:
-    """Whether a process drives the run: its lease is renewed, and if it is of this machine the process is there."""
+    """Whether a process drives the run: it is seen to live, or if that cannot be seen from here, renews its lease."""
     holder = folder.read_lease()
-    if holder is None or time.time() - folder.written_at("lease.json") > STILL_S:
+    if holder is None:
         return False
-    return holder.host != platform.node() or _is_alive(holder)
-
-
-def _is_alive(holder: Holder) -> bool:
-    try:
-        os.kill(holder.pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
+    alive = is_alive(holder)
+    return time.time() - folder.written_at("lease.json") < STILL_S + CLOCKS_S if alive is None else alive
 
 
 def runs_under(storage: str) -> Iterator[tuple[RunFolder, Progress | None]]:

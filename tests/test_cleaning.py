@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import platform
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,7 @@ from clnp_search.branching import fork, reselect
 from clnp_search.cleaning import delete, garbage_of
 from clnp_search.cli import app
 from clnp_search.errors import InputError
-from clnp_search.records import Holder
+from clnp_search.lease import this_process
 from clnp_search.report.page import report
 from clnp_search.search.points import pack_name
 from clnp_search.storage import RunFolder, run_folder
@@ -91,7 +89,7 @@ def test_it_is_shown_first_and_deleted_when_asked_for(
 
 @pytest.mark.parametrize("more", [[], ["--delete"]])
 def test_a_run_that_is_driven_is_refused(littered: RunFolder, more: list[str]) -> None:
-    littered.write_lease(Holder("token", 0, platform.node(), "", os.getpid(), 0, ""))
+    littered.write_lease(this_process())
     before = files(littered)
     with pytest.raises(InputError, match=r"is being run by process .*: its files are in use"):
         app(["gc", littered.uri, *more], standalone_mode=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
-import platform
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,8 @@ from builders import make_sweep, write_run
 from command_line import Cli
 
 from clnp_search.cli.console import duration
+from clnp_search.lease import this_process
 from clnp_search.progress import costs_of, is_running, progress_of
-from clnp_search.records import Holder
 from clnp_search.storage import RunFolder
 
 
@@ -26,11 +26,6 @@ def written(cli: Cli, name: str, until: str = "", **sections: Any) -> RunFolder:
         if step == until:
             break
     return folder
-
-
-def holder(**fields: Any) -> Holder:
-    """This process as the one that drives a run."""
-    return replace(Holder("token", 0, platform.node(), "", os.getpid(), 0, ""), **fields)
 
 
 # Where a run stands
@@ -47,17 +42,22 @@ def test_a_run_that_nobody_drives_is_interrupted(cli: Cli) -> None:
     assert lines[-1] == "go on with `clnp-search resume cut`"
 
 
-def test_a_run_is_driven_by_a_process_that_is_alive_and_renews_its_lease(cli: Cli) -> None:
+def test_a_run_is_driven_by_a_process_that_is_alive(cli: Cli) -> None:
     folder = written(cli, "run", until="trained 0 p001")
     assert not is_running(folder)
-    folder.write_lease(holder())
-    assert is_running(folder)
+    folder.write_lease(this_process())
     assert progress_of(folder).status == "running"
-    folder.write_lease(holder(host="another"))
-    assert is_running(folder)
-    lease = cli.folder / "runs" / "run" / "lease.json"
-    os.utime(lease, (0, 0))
+    folder.write_lease(replace(this_process(), started=1))  # another process had its number
     assert not is_running(folder)
+
+
+def test_a_run_is_driven_by_another_machines_process_that_renews_its_lease_whatever_the_clock_says(cli: Cli) -> None:
+    folder = written(cli, "run", until="trained 0 p001")
+    folder.write_lease(replace(this_process(), machine="another"))  # of a container, it may have this host's name
+    lease = cli.folder / "runs" / "run" / "lease.json"
+    for behind_s, running in ((0, True), (60, True), (3600, False)):
+        os.utime(lease, (0, time.time() - behind_s))
+        assert is_running(folder) is running
 
 
 def test_the_cost_is_what_trials_were_busy_for_and_not_what_was_taken_over(cli: Cli) -> None:
@@ -77,7 +77,7 @@ def test_the_cost_is_what_trials_were_busy_for_and_not_what_was_taken_over(cli: 
 
 def test_watching_ends_with_the_run(cli: Cli) -> None:
     folder = written(cli, "watched", until="trained 0 p001")
-    folder.write_lease(holder())
+    folder.write_lease(this_process())
     watching = cli.start("status", "watched", "--watch")
     assert watching.stdout is not None
     while "running: 0 of 2" not in watching.stdout.readline():
@@ -92,7 +92,7 @@ def test_a_run_of_a_process_that_has_died_is_interrupted(cli: Cli) -> None:
     folder = written(cli, "run", until="trained 0 p001")
     process = cli.start("--version")
     process.communicate()
-    folder.write_lease(holder(pid=process.pid))
+    folder.write_lease(replace(this_process(), pid=process.pid))
     assert progress_of(folder).status == "interrupted"
 
 
@@ -103,7 +103,7 @@ def test_a_failed_run_says_why_until_it_is_driven_again(cli: Cli) -> None:
     folder.write_summary(replace(summary, status="failed", reason="task 0: no point is usable"))
     lines = cli("status", "failed").stdout.splitlines()
     assert lines[:2] == ["failed: 0 of 2 tasks committed", "task 0: no point is usable"]
-    folder.write_lease(holder())
+    folder.write_lease(this_process())
     assert progress_of(folder).status == "running"
 
 
