@@ -144,10 +144,11 @@ class MlflowTracker:
             self._log_models(store, 0 if missing_packages() else len(results))
         # A step is logged in order, so that it is complete with its last metric.
         steps = [index for index in range(len(results)) if store.missing(sequence, [(f"test/task{index}", 0.0, index)])]
-        metrics = [metric for index in steps for metric in _sequence_metrics(results[: index + 1])]
-        if sequence.status != STATUS[state] or store.missing(sequence, metrics):
+        if sequence.status != STATUS[state] or steps:
             store.upload(sequence, self._artifacts())
-            store.log(sequence, metrics, tags={"clnp.status": state, "clnp.tasks": str(len(results))})
+            for index in steps:
+                store.log(sequence, _sequence_metrics(results[: index + 1]), at=results[index].ended)
+            store.log(sequence, [], tags={"clnp.status": state, "clnp.tasks": str(len(results))})
             store.set_status(sequence, STATUS[state], results[-1].ended if results and state != "failed" else 0.0)
         written = {"key": entries["key"], "experiment_id": store.experiment_id, "runs": store.run_ids}
         if written != entries:
@@ -186,7 +187,7 @@ class MlflowTracker:
         values += _task_metrics(results[: index + 1])
         metrics = [(key, value, index) for key, value, _ in values]
         note = "\n".join(f"- {reason}" for reason in selection.reasons)
-        store.log(run, metrics, params, {"clnp.digest": result.digest, "mlflow.note.content": note})
+        store.log(run, metrics, params, {"clnp.digest": result.digest, "mlflow.note.content": note}, result.ended)
         store.set_status(run, "FINISHED", result.ended)
         return True
 
@@ -244,7 +245,7 @@ class MlflowTracker:
         title = f"{point.name} alpha={_compact(point.alpha, 'g')} lr={point.learning_rate:g}"
         # A run that is new gets its tags with its creation, a request less: it counts from its end on.
         run = store.run(name, title, self._tags("point", plan.task) | tags, task, record.started or plan.started)
-        store.log(run, metrics, params, tags)
+        store.log(run, metrics, params, tags, record.ended or plan.started)
         store.set_status(run, "FINISHED" if record.status == "done" else "FAILED", record.ended)
 
     def _tags(self, level: str, task: int | None = None) -> dict[str, str]:
@@ -483,17 +484,23 @@ class _Store:
         metrics: Metrics,
         params: Mapping[str, str] | None = None,
         tags: Mapping[str, str] | None = None,
+        at: float = 0.0,
     ) -> None:
-        """Logs what the run has not. Tags come last, also within MLflow's requests: they say that all else is there."""
+        """Logs what the run has not. Tags come last, also within MLflow's requests: they say that all else is there.
+
+        Args:
+            at: When the metrics came about, or now. MLflow drops what it has at the same time, so that a request that
+                is repeated, and arrives twice after all, adds nothing if this was recorded.
+        """
         from mlflow.entities import Metric, Param, RunTag
 
-        new, now = self.missing(run, metrics), _milliseconds()
+        new, time_ms = self.missing(run, metrics), _milliseconds(at)
         extra = [Param(key, value) for key, value in (params or {}).items() if key not in run.params]
         marks = [RunTag(key, value) for key, value in (tags or {}).items() if run.tags.get(key) != value]
         for start in range(0, len(new) or bool(extra or marks), BATCH):
             batch, last = new[start : start + BATCH], start + BATCH >= len(new)
             # No more digits than a float32 has: MLflow's tables show all that there are.
-            values = [Metric(key, float(f"{value:.7g}"), now, step) for key, value, step in batch]
+            values = [Metric(key, float(f"{value:.7g}"), time_ms, step) for key, value, step in batch]
             self._client.log_batch(run.id, values, extra if last else [], marks if last else [])
             run.logged |= {(key, step) for key, _, step in batch}
         run.params |= {param.key for param in extra}

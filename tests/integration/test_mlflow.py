@@ -6,13 +6,16 @@ import socket
 import subprocess
 import sys
 import urllib.request
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from browser import Grid, page
 from builders import make_sweep, write_run
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 from mlflow_content import runs_of, snapshot
 from mlflow_store import WRITES, Killed, at, free_port, kill_at, server, unexpected
 
@@ -265,6 +268,29 @@ def test_every_metric_is_logged_once_wherever_the_process_is_killed(
     MlflowTracker(finished, undisturbed).sync()
     assert snapshot(sweep) == snapshot(undisturbed)
     assert kills > 15
+
+
+def test_a_batch_that_arrives_after_it_was_sent_again_is_stored_once(
+    finished: RunFolder, sweep: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send, late = MlflowClient.log_batch, list[tuple[Any, ...]]()
+
+    def slow(*batch: Any) -> None:
+        if not late:
+            late.append(batch)
+            raise MlflowException("timed out")
+        send(*batch)
+        send(*late.pop())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "log_batch", slow)
+        for _ in range(50):
+            with suppress(TrackingUnavailable):
+                MlflowTracker(finished, sweep).sync()
+                break
+    undisturbed = sweep.model_copy(update={"name": f"{sweep.name}-undisturbed"})
+    MlflowTracker(finished, undisturbed).sync()
+    assert snapshot(sweep) == snapshot(undisturbed)
 
 
 def test_more_metrics_than_a_request_takes_are_logged_once(
