@@ -6,12 +6,15 @@ could not have come about is refused where it is made, so that nothing has to ex
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 # Of a run folder's files. Raised when an older version could not go on with what this one writes, or this one with what
 # an older one has written.
 SCHEMA = 1
+# What no text here needs: a terminal may obey it, a file may not hold it.
+UNWRITABLE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff\ud800-\udfff]")
 PointStatus = Literal["done", "failed"]
 RunStatus = Literal["running", "complete", "depleted", "failed"]
 

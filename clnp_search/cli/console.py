@@ -5,10 +5,15 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
+from rich.text import Text
+
+from clnp_search.records import UNWRITABLE
 
 if TYPE_CHECKING:
     from clnp_search.storage import RunFolder
@@ -17,8 +22,27 @@ DONE, FAILED, INPUT_WRONG, INTERRUPTED, NOT_VERIFIED = range(5)
 
 # Lines wrap on a terminal only: in a file or a pipe they are for programs, and for `grep`.
 UNWRAPPED = 10_000
-out = Console(width=None if sys.stdout.isatty() else UNWRAPPED)
-err = Console(stderr=True, width=None if sys.stderr.isatty() else UNWRAPPED)
+
+
+def _printable(text: str) -> str:
+    return UNWRITABLE.sub("\ufffd", text)
+
+
+class _Console(Console):
+    """A console whose terminal obeys no text: reasons and names in a run folder may be anybody's."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """What is measured of a string, too: its characters that can be printed, and for each other one a mark."""
+        return super().render_str(_printable(text), **options)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        """What is written of all else, likewise."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=_printable(segment.text))
+
+
+out = _Console(width=None if sys.stdout.isatty() else UNWRAPPED)
+err = _Console(stderr=True, width=None if sys.stderr.isatty() else UNWRAPPED)
 
 
 _document = sys.stdout  # where the one document of a command goes

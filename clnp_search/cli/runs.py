@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
+from rich.markup import escape
 from rich.table import Table
 
 from clnp_search.cli.console import as_typed, count, duration, err, out, print_json
@@ -89,7 +90,7 @@ def _show_status(folder: RunFolder, as_json: bool) -> str:
         )
     print_failed(progress.failed_points)
     if progress.status in ("interrupted", "failed"):
-        out.print(f"go on with `clnp-search resume {as_typed(folder)}`", highlight=False)
+        out.print(f"go on with `clnp-search resume {as_typed(folder)}`", markup=False, highlight=False)
     return progress.status
 
 
@@ -111,11 +112,11 @@ def runs(storage: Storage = "runs/", as_json: AsJson = False) -> None:
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         if row["status"] == "unreadable":
-            table.add_row(row["name"], "[red]unreadable[/]")
+            table.add_row(escape(row["name"]), "[red]unreadable[/]")
             continue
         accuracy, free = row["average_test_accuracy"], row["free_units"]
         table.add_row(
-            row["name"],
+            escape(row["name"]),
             f"[{COLOURS[row['status']]}]{row['status']}[/]",
             row["method"],
             margin_text(row["margin"]),
@@ -172,7 +173,7 @@ def compare(
     table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
     table.add_column("")
     for label in labels:
-        table.add_column(label, justify="right")
+        table.add_column(escape(label), justify="right")
     table.add_row("status", *(f"[{COLOURS[row['status']]}]{row['status']}[/]" for row in cells))
     table.add_row("method", *(row["method"] for row in cells))
     table.add_row("margin", *(margin_text(row["margin"]) for row in cells))
@@ -225,10 +226,11 @@ def print_family(folders: Sequence[RunFolder], as_json: bool) -> list[dict[str, 
     for row in rows:
         free = _shares(row["free_units"], row["units"])
         shown = (f"{row['average_test_accuracy']:.2%}", free, row["points_trained"], row["points_taken_over"])
-        table.add_row(row["name"], margin_text(row["margin"]), str(row["seed"]), *map(str, shown))
+        table.add_row(escape(row["name"]), margin_text(row["margin"]), str(row["seed"]), *map(str, shown))
     out.print(table)
     print_spread(spread)
-    out.print(f"compare them: `clnp-search report {' '.join(as_typed(folder) for folder in folders)}`", highlight=False)
+    typed = " ".join(as_typed(folder) for folder in folders)
+    out.print(f"compare them: `clnp-search report {typed}`", markup=False, highlight=False)
     return spread
 
 

@@ -10,6 +10,7 @@ from types import TracebackType
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.markup import escape
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -336,7 +337,7 @@ def summary_table(summary: Summary) -> Table:
     groups = list(summary.tasks[0].units) if summary.tasks else []
     many = len(groups) > MAX_GROUPS
     table = Table(
-        title=f"{summary.name}: {summary.status}",
+        title=f"{escape(summary.name)}: {summary.status}",
         title_justify="left",
         header_style="bold",
         box=SIMPLE_HEAD,
@@ -345,7 +346,9 @@ def summary_table(summary: Summary) -> Table:
     )
     for column in ("task", "alpha", "xi", "theta", "val", "pruned", "test", "now"):
         table.add_column(column, justify="left" if column in {"task", "alpha", "theta"} else "right", no_wrap=True)
-    for column in ("units\nnew/free", "scarcest\nfree/all") if many else (f"{group}\nnew/free" for group in groups):
+    for column in (
+        ("units\nnew/free", "scarcest\nfree/all") if many else (f"{escape(group)}\nnew/free" for group in groups)
+    ):
         table.add_column(column, justify="right", no_wrap=True)
     last = summary.tasks[-1].test_accuracies if summary.tasks else ()
     for result in summary.tasks:

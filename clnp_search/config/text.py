@@ -11,12 +11,12 @@ from ruamel.yaml import YAML
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from clnp_search.errors import InputError
+from clnp_search.records import UNWRITABLE
 
 # Of a sweep file: values, keys and lists among them, and how deep these may be nested. So few aliases repeat a value at
 # most 60,000 times, however they are nested.
 MAX_VALUES, MAX_DEPTH, MAX_ALIASES = 100_000, 32, 30
 WORD = re.compile(r"[A-Za-z_/][A-Za-z0-9_./-]*")
-UNWRITABLE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff\ud800-\udfff]")
 ALIAS = re.compile(r"""(?:^|[\s\[{,:])\*[^\s\]},"']""")
 
 

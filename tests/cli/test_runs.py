@@ -152,6 +152,18 @@ def test_a_run_that_cannot_be_read_does_not_hide_the_others(cli: Cli) -> None:
     assert "unreadable" in cli("runs").stdout
 
 
+def test_what_a_run_folder_says_is_shown_as_it_is_and_moves_no_cursor(cli: Cli) -> None:
+    written(cli, "y", until="trained 0 p003")
+    folder = RunFolder(str((cli.folder / "runs" / "y").rename(cli.folder / "runs" / "y[b]]\x1b[2J")))
+    summary = folder.read_summary()
+    assert summary is not None
+    folder.write_summary(replace(summary, status="failed", reason="\x1b]0;title\x07\x9b1A and [bold]"))
+    assert "y[b]]\ufffd[2J" in cli("runs").stdout
+    lines = cli("status", folder.uri).stdout.splitlines()
+    assert lines[1] == "\ufffd]0;title\ufffd\ufffd1A and [bold]"
+    assert lines[-1].endswith("y[b]]\ufffd[2J`")
+
+
 def test_an_empty_storage_has_no_runs(cli: Cli) -> None:
     assert cli.json("runs") == []
     assert cli("runs", "--storage", "elsewhere").stdout == "no runs under elsewhere\n"
