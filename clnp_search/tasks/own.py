@@ -99,7 +99,7 @@ def _faults(index: int, task: OwnTask, first: OwnTask) -> Iterator[str]:
             yield f"{where}: {name} is {array.dtype}; allowed: uint8, raw values 0 to 255"
         if not 2 <= array.ndim <= 4 or 0 in array.shape[1:]:
             yield f"{where}: {name} has shape {array.shape}; allowed: [N, C, H, W], [N, H, W] or [N, values]"
-        elif array.ndim == 4 and array.shape[3] == 3 and min(array.shape[1:3]) > 3:
+        elif array.ndim == 4 and array.shape[3] in (1, 3, 4) and min(array.shape[1:3]) > array.shape[3]:
             yield f"{where}: {name} has shape {array.shape}, as [N, H, W, C] would; images are [N, C, H, W]"
         elif array.shape[1:] != shape:
             yield f"{where}: {name} has samples of shape {array.shape[1:]}, task 0 trains on {shape}"
