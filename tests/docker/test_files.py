@@ -29,6 +29,10 @@ def load(name: str) -> Any:
     return YAML(typ="safe").load(DOCKER / name)
 
 
+def make_secrets(folder: Path) -> None:
+    subprocess.run([sys.executable, str(DOCKER / "make_secrets.py"), str(folder)], check=True)
+
+
 @pytest.fixture(scope="module")
 def compose() -> dict[str, Any]:
     return load("compose.yaml")  # type: ignore[no-any-return]
@@ -78,7 +82,7 @@ def test_ray_asks_for_a_token_from_a_secret(compose: dict[str, Any], name: str) 
 
 
 def test_secrets_are_files_that_neither_git_nor_an_image_takes(compose: dict[str, Any], tmp_path: Path) -> None:
-    subprocess.run([sys.executable, str(DOCKER / "make_secrets.py"), str(tmp_path / "secrets")], check=True)
+    make_secrets(tmp_path / "secrets")
     assert {secret["file"] for secret in compose["secrets"].values()} == {
         f"secrets/{path.name}" for path in (tmp_path / "secrets").iterdir()
     }
@@ -92,9 +96,24 @@ def test_secrets_are_files_that_neither_git_nor_an_image_takes(compose: dict[str
 def test_secrets_that_are_there_stay(tmp_path: Path) -> None:
     contents = []
     for _ in range(2):
-        subprocess.run([sys.executable, str(DOCKER / "make_secrets.py"), str(tmp_path)], check=True)
+        make_secrets(tmp_path)
         contents.append({path.name: path.read_text() for path in tmp_path.iterdir()})
     assert contents[0] == contents[1]
+
+
+def test_a_secret_that_is_missing_is_made_alone_and_an_s3_key_for_its_server_and_its_clients(tmp_path: Path) -> None:
+    for missing, changed in (("ray_token", {"ray_token"}), ("s3_identities", {"s3_identities", "s3_credentials"})):
+        make_secrets(tmp_path)
+        before = {path.name: path.read_text() for path in tmp_path.iterdir()}
+        (tmp_path / missing).unlink()
+        make_secrets(tmp_path)
+        assert {name for name, text in before.items() if (tmp_path / name).read_text() != text} == changed
+
+
+def test_a_folder_for_secrets_that_is_there_already_is_closed(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    make_secrets(tmp_path)
+    assert tmp_path.stat().st_mode & 0o777 == 0o700
 
 
 def test_the_image_runs_as_an_ordinary_user_on_a_pinned_base() -> None:
