@@ -33,6 +33,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import to_json
 
 from clnp_search.errors import Damaged, InputError
+from clnp_search.passwords import masked, require_no_password
 from clnp_search.records import (
     SCHEMA,
     CurveStep,
@@ -71,9 +72,9 @@ class RunFolder:
     def __init__(self, uri: str) -> None:
         self.uri = uri if "://" in uri else str(Path(uri).absolute())
         try:
-            self._filesystem, self._root = pyarrow.fs.FileSystem.from_uri(self.uri)
+            self._filesystem, self._root = pyarrow.fs.FileSystem.from_uri(require_no_password(self.uri))
         except Exception as error:  # pyarrow raises many kinds for addresses that it does not know
-            raise InputError(f"storage {uri}: {error}") from error
+            raise InputError(f"storage {masked(uri)}: {error}") from error
 
     @property
     def name(self) -> str:

@@ -376,6 +376,66 @@ def test_equal_points_are_refused_and_both_are_named(tmp_path: Path, search: str
     assert faults(tmp_path, f"{SMALLEST}search: {{{search}}}\n")[1:] == [f"{fault}; allowed: each once"]
 
 
+# Passwords
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "s3://KEY:hidden@bucket/runs",
+        "s3://KEY:hid/den@bucket/runs",
+        "s3://bucket/runs?endpoint_override=http://user:hidden@host:9000",
+        "http://user:hidden@host:5000",
+        "postgresql://user:12@hidden@host/db",
+        "abfs://:hidden@account/runs",
+    ],
+)
+@pytest.mark.parametrize("key", ["storage", "tracking.uri"])
+def test_a_password_in_a_uri_is_refused_and_not_said(tmp_path: Path, key: str, uri: str) -> None:
+    [_, said] = faults(tmp_path, SMALLEST, [f"{key}={uri}"])
+    assert said.startswith(f"{key}: '{uri[:4]}")
+    assert "***@" in said
+    assert "AWS_SECRET_ACCESS_KEY" in said
+    assert "MLFLOW_TRACKING_PASSWORD" in said
+    assert "hid" not in said
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "s3://KEY@bucket/runs",
+        "postgresql://user@host:5432/db@old",
+        "http://host:5000/at@home",
+        "s3://bucket/a@b?endpoint_override=127.0.0.1:9000",
+    ],
+)
+def test_a_users_name_and_a_port_are_no_password(uri: str) -> None:
+    assert make_sweep(storage=uri, tracking={"uri": uri}).storage == uri
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "storage=[s3://KEY:hidden@bucket]",
+        "storage=[s3://KEY:hidden@bucket",
+        "name.storage=s3://KEY:hidden@bucket",
+        "s3://KEY:hidden@bucket",
+        'storage="s3://KEY:hidden\\b@bucket"',
+        f"storage=s3://KEY:hidden{'n' * 80}@bucket",
+    ],
+)
+def test_no_fault_says_a_password(tmp_path: Path, override: str) -> None:
+    said = "\n".join(faults(tmp_path, f"{SMALLEST}name: sweep\n", [override]))
+    assert "s3://KEY:***@bucket" in said
+    assert "hidden" not in said
+
+
+def test_a_file_that_is_no_yaml_is_refused_without_its_password(tmp_path: Path) -> None:
+    [said] = faults(tmp_path, f"{SMALLEST}tracking: {{uri: postgresql://user:hidden@host/database, models: ]}}\n")
+    assert "not a YAML file" in said
+    assert "hidden" not in said
+
+
 # Overrides
 
 
@@ -389,7 +449,7 @@ def test_equal_points_are_refused_and_both_are_named(tmp_path: Path, search: str
         ("forgetting.margin=0.1%", {"forgetting": {"margin": pytest.approx(0.001)}}),
         (" training.schedule = constant", {"training": {"schedule": "constant"}}),
         ("network={hidden: [9]}", {"network": {"hidden": (9,)}}),
-        ("tracking.uri=postgresql://u:p@h/db?a=b", {"tracking": {"uri": "postgresql://u:p@h/db?a=b"}}),
+        ("tracking.uri=postgresql://u@h/db?a=b", {"tracking": {"uri": "postgresql://u@h/db?a=b"}}),
     ],
 )
 def test_an_override_replaces_one_value(tmp_path: Path, override: str, changed: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ LEVELS = [
     {"tasks", "storage"},
     {"clnp"},
     {"importing"},
-    {"records", "errors"},
+    {"records", "errors", "passwords"},
 ]
 LEVEL_OF = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 ALLOWED_IN_CLNP = {"torch", "numpy", "safetensors", *sys.stdlib_module_names}

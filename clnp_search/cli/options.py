@@ -9,6 +9,7 @@ import typer
 
 from clnp_search.cli.console import reserve_output
 from clnp_search.errors import InputError
+from clnp_search.passwords import masked, require_no_password
 
 if TYPE_CHECKING:
     from clnp_search.config import Sweep
@@ -38,12 +39,12 @@ def located(sweep: Sweep, storage: str | None, tracking_uri: str | None) -> Swee
     """The sweep with every place made absolute, so that it means the same from another folder.
 
     Raises:
-        InputError: A place is named by nothing.
+        InputError: As `require_place`.
     """
     storage = sweep.storage if storage is None else storage
     tracking_uri = sweep.tracking.uri if tracking_uri is None else tracking_uri
-    if not storage or not tracking_uri:
-        raise InputError(f"{'--tracking-uri' if storage else '--storage'} is empty; leave it out for the sweep's own")
+    require_place("--storage", storage)
+    require_place("--tracking-uri", tracking_uri)
     return sweep.model_copy(
         update={
             "scenario": sweep.scenario.model_copy(update={"root": str(Path(sweep.scenario.root).absolute())}),
@@ -52,6 +53,20 @@ def located(sweep: Sweep, storage: str | None, tracking_uri: str | None) -> Swee
             "tracking": sweep.tracking.model_copy(update={"uri": absolute_sqlite(tracking_uri)}),
         }
     )
+
+
+def require_place(option: str, uri: str) -> None:
+    """Nothing, if an option names a place that may be recorded and shown.
+
+    Raises:
+        InputError: It names none, or also a password.
+    """
+    if not uri:
+        raise InputError(f"{option} is empty; leave it out for the sweep's own")
+    try:
+        require_no_password(uri)
+    except ValueError as error:
+        raise InputError(f"{option} {masked(uri)}: {error}") from error
 
 
 def absolute_sqlite(uri: str) -> str:

@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from clnp_search.cli.console import err, out
-from clnp_search.cli.options import Storage, TrackingUri, absolute_sqlite
+from clnp_search.cli.options import Storage, TrackingUri, absolute_sqlite, require_place
 from clnp_search.errors import InputError
 
 WAIT_S = 60.0
@@ -40,6 +40,7 @@ def ui(
         folder = open_run(run, storage)
         uri, experiment = sweep_of(folder).tracking.uri, folder.read_tracking().get("experiment_id", "")
     uri = tracking_uri or uri
+    require_place("--tracking-uri", uri)
     if uri == "none":
         raise InputError(f"{run}: nothing is logged to MLflow (tracking.uri is none)")
     if uri.startswith(("http://", "https://")):

@@ -15,6 +15,7 @@ from clnp_search.config.sweep import UNRECORDED, Sweep
 from clnp_search.config.text import apply_override, parse_yaml, plain_data
 from clnp_search.errors import InputError
 from clnp_search.importing import IMPORT_PATH
+from clnp_search.passwords import masked
 from clnp_search.storage import MAX_SWEEP_BYTES, NAME_PATTERN, NAMES, VERSION, RunFolder, join_uri
 
 if TYPE_CHECKING:
@@ -167,7 +168,7 @@ def _explain(detail: Any) -> str:
         message = f"allowed: {PATTERNS[detail['ctx']['pattern']]}"
     elif detail["type"] == "too_short":
         message = f"allowed: a list of {detail['ctx']['min_length']} or more"
-    return f"{key}: {detail['input']!r:.80}: {message[:1].lower() + message[1:]}"
+    return f"{key}: {masked(repr(detail['input'])):.80}: {message[:1].lower() + message[1:]}"
 
 
 def _keys_at(location: Sequence[Any]) -> list[str]:

@@ -19,6 +19,7 @@ from clnp_search.config.values import (
     Margin,
     NonNegative,
     Objective,
+    Place,
     Positive,
     PositiveCount,
     Range,
@@ -435,7 +436,7 @@ class ResourcesConfig(Section):
 class TrackingConfig(Section):
     """Where MLflow records go."""
 
-    uri: Text = "sqlite:///mlflow.db"
+    uri: Place = "sqlite:///mlflow.db"
     """MLflow tracking URI; `none` switches tracking off."""
     models: StrictBool = True
     """Log the network of every task as an MLflow model when the sequence ends (extra `onnx`); else `clnp-search

@@ -29,6 +29,7 @@ from clnp_search.config.text import quoted
 from clnp_search.config.values import (
     AlphaValue,
     Margin,
+    Place,
     PositiveCount,
     Range,
     Section,
@@ -90,7 +91,7 @@ class Sweep(Section):
     forgetting: Annotated[ForgettingConfig, or_empty(ForgettingConfig)] = ForgettingConfig()
     capacity: Annotated[CapacityConfig, or_empty(CapacityConfig)] = CapacityConfig()
     resources: Annotated[ResourcesConfig, or_empty(ResourcesConfig)] = ResourcesConfig()
-    storage: Text = "runs/"
+    storage: Place = "runs/"
     """Folder or URI under which run folders are made."""
     tracking: Annotated[TrackingConfig, or_empty(TrackingConfig)] = TrackingConfig()
     modules: Annotated[tuple[Text, ...], list_or_one(Text)] = (".",)

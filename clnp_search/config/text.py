@@ -11,6 +11,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from clnp_search.errors import InputError
+from clnp_search.passwords import masked
 from clnp_search.records import UNWRITABLE
 
 # Of a sweep file: values, keys and lists among them, and how deep these may be nested. So few aliases repeat a value at
@@ -31,7 +32,8 @@ def parse_yaml(text: str, source: str) -> Any:
     try:
         return YAML(typ="safe", pure=True).load(text)
     except Exception as error:  # of a text that is no YAML, the parser raises many kinds
-        raise InputError(f"{source}: not a YAML file: {error}") from error
+        shown = error if masked(text) == text else "where is not shown, for there is a password in it"
+        raise InputError(f"{source}: not a YAML file: {shown}") from error
 
 
 def quoted(value: Any) -> Any:
@@ -79,7 +81,7 @@ def plain_data(raw: Any, source: str) -> Any:
 def _not_plain(value: Any) -> str:
     """What a value is that JSON and YAML do not give back as it was written, and what is allowed; else nothing."""
     if isinstance(value, str):
-        return f"{value!a:.80}: a character of it cannot be printed" if UNWRITABLE.search(value) else ""
+        return f"{masked(ascii(value)):.80}: a character of it cannot be printed" if UNWRITABLE.search(value) else ""
     if isinstance(value, int):
         return "" if -(2**63) <= value < 2**64 else "a whole number; allowed: of up to 64 bits"
     if value is None or (isinstance(value, float) and math.isfinite(value)):
@@ -93,9 +95,10 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
     Raises:
         InputError: It is none, or its key is below something else than a section.
     """
+    source = f"--set {masked(override)}"
     key, separator, value = override.partition("=")
     if not separator or not key.strip():
-        raise InputError(f"--set {override}: write key=value, for example --set training.epochs=3")
+        raise InputError(f"{source}: write key=value, for example --set training.epochs=3")
     *sections, last = key.strip().split(".")
     place: Any = raw
     for section in sections:
@@ -103,5 +106,5 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
             place[section] = {} if place.get(section) is None else place[section]
             place = place[section]
     if not isinstance(place, dict):
-        raise InputError(f"--set {override}: {'.'.join(sections)} is no section")
-    place[last] = parse_yaml(value, f"--set {override}")
+        raise InputError(f"{source}: {'.'.join(sections)} is no section")
+    place[last] = parse_yaml(value, source)

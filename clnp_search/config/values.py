@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 from clnp_search.importing import IMPORT_PATH
+from clnp_search.passwords import require_no_password
 from clnp_search.records import margin_text
 from clnp_search.tasks import SCENARIOS, kind_of
 
@@ -136,6 +137,7 @@ PositiveCount = Annotated[int, Field(strict=True, ge=1)]
 NonNegative = Annotated[FiniteFloat, Field(strict=True, ge=0)]
 Positive = Annotated[FiniteFloat, Field(strict=True, gt=0)]
 Text = Annotated[str, Field(min_length=1)]
+Place = Annotated[Text, AfterValidator(require_no_password)]
 _Percentage = Annotated[str, Field(pattern=r"^\s*\d+(\.\d*)?([eE][+-]?\d+)?\s*%\s*$")]
 Margin = Annotated[
     float,

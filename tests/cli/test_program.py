@@ -51,6 +51,24 @@ def test_an_empty_place_is_refused(cli: Cli, option: str) -> None:
     assert cli("run", "sweep.yaml", option, "", status=2).stderr.startswith(f"{option} is empty")
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["run", "sweep.yaml", "--storage", "s3://KEY:hidden@bucket"],
+        ["submit", "sweep.yaml", "--address", "http://127.0.0.1:1", "--tracking-uri", "http://user:hidden@host"],
+        ["ui", "--tracking-uri", "http://user:hidden@host"],
+        ["status", "s3://KEY:hidden@bucket/run"],
+        ["status", "run", "--storage", "s3://KEY:hidden@bucket"],
+        ["runs", "--storage", "s3://KEY:hidden@bucket"],
+    ],
+)
+def test_a_password_in_a_place_is_refused_and_not_said(cli: Cli, arguments: list[str]) -> None:
+    said = cli(*arguments, status=2).stderr
+    assert "a password would be recorded; leave it out, and set AWS_ACCESS_KEY_ID" in said
+    assert ":***@" in said
+    assert "hidden" not in said
+
+
 @pytest.mark.parametrize("command", ["run", "plan"])
 @pytest.mark.parametrize("storage", ["file", "file/below"])
 def test_storage_that_is_a_file_or_below_one_is_refused_in_a_sentence(cli: Cli, command: str, storage: str) -> None:
