@@ -225,7 +225,7 @@ def run(
         )
     ((name, sweep),) = sweep.members(sweep.name if name is None else name).items()
     sweep, folder = run_of(located(sweep, storage, tracking_uri), name)
-    with _signals_restored():
+    with _signals_handled():
         drive(sweep, folder, address)
     return Run(folder)
 
@@ -261,9 +261,12 @@ def load_export(path: str | Path) -> Callable[[Tensor], Tensor]:
 
 
 @contextmanager
-def _signals_restored() -> Iterator[None]:
-    """A run handles signals in its own way; afterwards they are the caller's again."""
+def _signals_handled() -> Iterator[None]:
+    """Inside, signals interrupt the run; afterwards they are the caller's again."""
+    from clnp_search.cli import handle_signals
+
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handle_signals()
     try:
         yield
     finally:

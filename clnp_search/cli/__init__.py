@@ -77,7 +77,7 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     for name in ("ray", "ray.tune"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    _handle_signals()
+    handle_signals()
     try:
         status = app(prog_name="clnp-search", standalone_mode=False) or DONE
     except InputError as error:
@@ -379,7 +379,6 @@ def drive(sweep: Sweep, folder: RunFolder, address: str, retry_failed: bool = Fa
                 held.enter_context(lease)
             loading = ThreadPoolExecutor(1).submit(_load, sweep)  # not waited for where it is not needed any more
             with connect(address, sweep.resources, sweep.num_points) as cluster:
-                _handle_signals()  # again, because ray.init puts its own handler of SIGTERM in place
                 if address != "local":
                     cluster.require_nodes(folder)
                 sequence = loading.result()
@@ -473,7 +472,8 @@ def _exit(status: int) -> NoReturn:
     os._exit(status)
 
 
-def _handle_signals() -> None:
+def handle_signals() -> None:
+    """Has SIGINT and SIGTERM interrupt the main thread, if it is the one that asks."""
     if threading.current_thread() is not threading.main_thread():
         return  # of a notebook's server, for example: only the main thread may
     for number in (signal.SIGINT, signal.SIGTERM):

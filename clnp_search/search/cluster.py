@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import signal
 import socket
 import sys
 import threading
@@ -337,7 +338,13 @@ def _join(address: str) -> None:
 def _init(address: str, **options: Any) -> None:
     # How long Ray waits for its own start, more than usual for a loaded machine; and how often it tries to connect.
     os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "120" if address == "local" else "1")
-    ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, configure_logging=True, **options)
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, configure_logging=True, **options)
+    finally:
+        # Ray puts handlers of its own in place, by which SIGTERM would end this process with SIGABRT.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
 
 
 def _scan_task(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import os
+import signal
 from pathlib import Path
 
 import pytest
-from command_line import Cli
+from command_line import Cli, descendants, wait_until
 from mlflow import MlflowClient
 
 from clnp_search.branching import points_taken_over
@@ -73,3 +75,17 @@ def test_seeds_run_side_by_side_and_each_ends_as_it_does_alone(cli: Cli, finishe
     sequences = client.search_runs([experiment.experiment_id], "tags.`clnp.level` = 'sequence'")
     ended = {run.info.run_name: run.info.status for run in sequences}
     assert ended["seeds-s0"] == ended["seeds-s1"] == "FINISHED"
+
+
+def test_seeds_end_with_the_command_that_runs_them_whichever_signal_ends_it(cli: Cli) -> None:
+    process = cli.start("run", "sweep.yaml", "--name", "ended", "--set", "repetitions=2", "--tracking-uri", "none")
+    leases = [cli.folder / "runs" / f"ended-s{seed}" / "lease.json" for seed in range(2)]
+    assert wait_until(lambda: all(lease.exists() for lease in leases), process)
+    seeds = [pid for pid, command in descendants(process.pid).items() if " run " in command]
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 3, errors
+    assert errors.splitlines()[-1].startswith("interrupted; every finished point is kept")
+    assert len(seeds) == 2
+    assert not any(os.path.exists(f"/proc/{pid}") for pid in seeds)
+    assert not any(lease.exists() for lease in leases)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,15 @@ def test_an_address_of_no_known_form_is_refused(address: str) -> None:
 def test_an_address_where_nothing_answers_is_refused_at_once(address: str) -> None:
     with pytest.raises(InputError, match="no Ray cluster can be reached"), connect(address, ResourcesConfig()):
         pass
+
+
+def test_a_process_handles_sigterm_as_it_did_before_it_had_a_cluster() -> None:
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with connect("local", ResourcesConfig()):
+            assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_a_ray_that_cannot_be_started_is_tried_again_and_then_said_in_a_sentence(
