@@ -18,7 +18,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -309,6 +309,9 @@ def _start() -> None:
     for failures in range(1, START_ATTEMPTS + 1):
         try:
             _init("local", include_dashboard=False)
+            if "RAY_AUTH_TOKEN_PATH" not in os.environ:
+                with suppress(OSError):  # it may not be there; where Ray has made it, whoever is here could read it
+                    os.chmod(os.path.expanduser("~/.ray/auth_token"), 0o600)
             return
         except Exception as error:  # Ray raises many kinds, `Exception` itself among them
             ray.shutdown()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import subprocess
+import sys
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -38,6 +40,14 @@ def test_a_process_handles_sigterm_as_it_did_before_it_had_a_cluster() -> None:
             assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_the_token_that_ray_makes_is_its_users_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    started = f"from {cluster.__name__} import _start; _start()"
+    subprocess.run([sys.executable, "-c", started], check=True)  # here, Ray has read a token already
+    assert (tmp_path / ".ray" / "auth_token").stat().st_mode & 0o777 == 0o600
 
 
 def test_a_ray_that_cannot_be_started_is_tried_again_and_then_said_in_a_sentence(
