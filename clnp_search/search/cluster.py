@@ -67,6 +67,7 @@ BESIDE_NICENESS = 10
 START_ATTEMPTS = 4
 PROBE_S = 5.0
 NODE_S, ENVIRONMENT_S = 60.0, 600.0  # for a node's answer, and before it for the job's environment, if uv makes one
+TOKEN = "the token that its head was started with: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
 LEAVE_S = 0.2  # how long leaving a cluster may wait for another thread
 T = TypeVar("T")
 
@@ -327,15 +328,17 @@ def _start() -> None:
 
 def _join(address: str) -> None:
     """Connects to a cluster, after a look whether something answers: Ray would try for a quarter of an hour."""
+    hint = ""
     try:
         at = ray._private.services.canonicalize_bootstrap_address("auto") if address == "auto" else address
         host, _, port = at.removeprefix("ray://").rpartition(":")
         if not host or not port.isdigit():
             raise InputError(f"--address {address}: allowed are local, auto, HOST:PORT and ray://HOST:PORT")
         socket.create_connection((host.strip("[]"), int(port)), PROBE_S).close()
+        hint = f". It may want {TOKEN}"  # to a client without it, a cluster seems to be none
         _init(address)
-    except (OSError, OverflowError, RuntimeError, ValueError) as error:
-        raise InputError(f"--address {address}: no Ray cluster can be reached: {error}") from error
+    except (OSError, OverflowError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as error:
+        raise InputError(f"--address {address}: no Ray cluster can be reached: {error}{hint}") from error
 
 
 def _init(address: str, **options: Any) -> None:

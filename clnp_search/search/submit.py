@@ -16,6 +16,7 @@ from packaging.requirements import InvalidRequirement, Requirement
 
 from clnp_search.config import ModuleConfig, Sweep
 from clnp_search.errors import InputError, MachineFault
+from clnp_search.search.cluster import TOKEN
 from clnp_search.search.retries import pause, tried
 from clnp_search.storage import require_name
 from clnp_search.tasks import SCENARIOS, kind_of
@@ -182,9 +183,6 @@ def _client(address: str):  # type: ignore[no-untyped-def]
     except ImportError as error:
         raise InputError(f"submit needs the cluster extra: `pip install 'clnp-search[cluster]'` ({error})") from error
     except AuthenticationError as error:
-        raise InputError(
-            f"--address {address}: this cluster wants the token that its head was started with: set "
-            "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
-        ) from error
+        raise InputError(f"--address {address}: this cluster wants {TOKEN}") from error
     except (ConnectionError, RuntimeError) as error:
         raise InputError(f"--address {address}: no Ray job server answers there: {error}") from error

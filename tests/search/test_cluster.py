@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +16,8 @@ from pathlib import Path
 
 import pytest
 from builders import make_inputs
+from command_line import Cli
+from servers import BIN, HEAD, end, free_port, start, until_up
 
 from clnp_search.config import ResourcesConfig
 from clnp_search.errors import InputError, MachineFault
@@ -31,6 +35,26 @@ def test_an_address_of_no_known_form_is_refused(address: str) -> None:
 def test_an_address_where_nothing_answers_is_refused_at_once(address: str) -> None:
     with pytest.raises(InputError, match="no Ray cluster can be reached"), connect(address, ResourcesConfig()):
         pass
+
+
+def test_a_cluster_that_wants_another_token_is_refused_with_what_to_set(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port = free_port()
+    command = (BIN / "ray", "start", "--block", "--head", f"--port={port}", "--include-dashboard=false", "--num-cpus=0")
+    with tempfile.TemporaryDirectory(prefix="clnp-") as name:  # a short path
+        log, own = Path(name) / "head.log", (f"--temp-dir={name}", f"--node-ip-address={HEAD}")
+        head = start(log, *command, *own, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="a" * 64)
+        try:
+            until_up(head, log, lambda: socket.create_connection((HEAD, port)).close())
+            for mode in ("disabled", "token"):
+                monkeypatch.setenv("RAY_AUTH_MODE", mode)
+                monkeypatch.setenv("RAY_AUTH_TOKEN", "b" * 64)
+                said = cli("run", "sweep.yaml", "--address", f"{HEAD}:{port}", status=2).stderr
+                assert f"--address {HEAD}:{port}: no Ray cluster can be reached" in said
+                assert "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH" in said
+        finally:
+            end(head)
 
 
 def test_a_process_handles_sigterm_as_it_did_before_it_had_a_cluster() -> None:
