@@ -95,11 +95,6 @@ def submit_run(sweep: Sweep, name: str, address: str, environment: dict[str, str
     client = _client(address)
     # An interrupt, and time to act on it: a stopped job keeps every finished point.
     variables = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "60"} | environment
-    known = {details.submission_id: details.status for details in client.list_jobs()}
-    if job.submission_id in known:
-        if not known[job.submission_id].is_terminal() or known[job.submission_id].value == "SUCCEEDED":
-            return job
-        client.delete_job(job.submission_id)  # it failed or was stopped: the same run goes on from its folder
     with tempfile.TemporaryDirectory() as folder:
         shipped = _ship_modules(sweep, Path(folder))
         (Path(folder) / "sweep.yaml").write_text(shipped.to_yaml(), encoding="utf-8")
@@ -109,6 +104,12 @@ def submit_run(sweep: Sweep, name: str, address: str, environment: dict[str, str
             runtime_env["uv"] = {"packages": required, "uv_pip_install_options": []}  # by default without uv's cache
         for failures in range(1, SEND_ATTEMPTS + 1):
             try:
+                # Each time, for another client may have sent it meanwhile.
+                known = {details.submission_id: details.status for details in client.list_jobs()}
+                if (status := known.get(job.submission_id)) is not None:
+                    if not status.is_terminal() or status.value == "SUCCEEDED":
+                        break
+                    client.delete_job(job.submission_id)  # the same run goes on from its folder
                 client.submit_job(
                     entrypoint=f"python -m clnp_search run sweep.yaml --name {name} --address auto",
                     submission_id=job.submission_id,

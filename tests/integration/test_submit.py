@@ -11,12 +11,16 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command_line import Cli
 from servers import RayNodes, free_port
 
-pytest.importorskip("ray.job_submission")
+from clnp_search.config import load_sweep
+from clnp_search.search.submit import Job, submit_run
+
+JobSubmissionClient = pytest.importorskip("ray.job_submission").JobSubmissionClient
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +51,23 @@ def test_a_submitted_run_ends_like_a_local_one_and_is_one_job_when_sent_twice(
     summary = json.loads((cli.folder / "runs" / "sent" / "summary.json").read_text())
     assert summary["state_digest"] == json.loads((finished / "summary.json").read_text())["state_digest"]
     assert cli.json(*arguments, "--detach")["submission_id"] == first["submission_id"]
+
+
+def test_a_run_that_another_client_sends_meanwhile_is_one_job(
+    cli: Cli, job_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = load_sweep(cli.folder / "sweep.yaml", ["tracking.uri=none"])
+    submit_job, others = JobSubmissionClient.submit_job, list[Job]()
+
+    def second(*own: Any, **options: Any) -> str:
+        monkeypatch.setattr(JobSubmissionClient, "submit_job", submit_job)
+        others.append(submit_run(sweep, "twice", job_server, {}))
+        return str(submit_job(*own, **options))
+
+    monkeypatch.setattr(JobSubmissionClient, "submit_job", second)
+    job = submit_run(sweep, "twice", job_server, {})
+    job.stop()
+    assert others == [job]
 
 
 OWN = """
