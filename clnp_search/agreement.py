@@ -47,15 +47,25 @@ def check_plan(folder: RunFolder, plan: TaskPlan, sweep: Sweep, parent: str, dat
     """
     where, sweep = f"{folder.uri}: task {plan.task}", sweep_at(folder, sweep, plan)
     _check_settings(folder, plan, sweep)
-    if plan.data_digest != data:
-        raise InputError(
-            f"{where} was planned on another data set: its digest was {plan.data_digest[:12]}, is {data[:12]}"
-        )
+    check_data(folder, plan, data)
     if plan.parent_digest != parent:
         raise InputError(f"{where} was planned on another state than the one before it; a file of this run was changed")
     keys = tuple(point_key(parent, task, data, sweep, point, plan.numerics) for point in plan.points)
     if plan.keys != keys:
         raise InputError(f"{where}: the keys of its points are not those of its settings; its plan was changed")
+
+
+def check_data(folder: RunFolder, plan: TaskPlan, data: str) -> None:
+    """Holds a task's plan against the digest of its data set.
+
+    Raises:
+        InputError: It was planned on another one.
+    """
+    if plan.data_digest != data:
+        raise InputError(
+            f"{folder.uri}: task {plan.task} was planned on another data set: its digest was "
+            f"{plan.data_digest[:12]}, is {data[:12]}"
+        )
 
 
 @dataclass(frozen=True)

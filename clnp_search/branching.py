@@ -13,7 +13,7 @@ from functools import cache
 import torch
 
 from clnp_search import selection
-from clnp_search.agreement import recorded_choice
+from clnp_search.agreement import check_sweep, recorded_choice
 from clnp_search.config import FORKED_SECTIONS, ForgettingConfig, Sweep, planned_with, sweep_at, sweep_of
 from clnp_search.errors import InputError
 from clnp_search.forecast import Budget
@@ -59,7 +59,8 @@ def reselect(
         listen: Is told how many of how many missing scans are done.
 
     Raises:
-        InputError: The task is not committed, or was fine-tuned, so that other rules need other training.
+        InputError: The task is not committed, or was fine-tuned, so that other rules need other training; or the sweep
+            or the data are not those that it was planned with.
         RuntimeError: A record is missing, or no candidate stays inside the margin.
     """
     if sweep.method != "clnp":
@@ -69,6 +70,7 @@ def reselect(
     plan = folder.read_plan(task)
     if plan is None or task >= len(folder.read_results()):
         raise InputError(f"{folder.uri}: task {task} is not committed")
+    check_sweep(folder, sweep)
     own = sweep_at(folder, sweep, plan).forgetting
     made = recorded_choice(folder, plan, own)
     if own.finetune_rounds:
@@ -102,6 +104,7 @@ def reselect(
     def inputs() -> TaskInputs:  # which needs the data set
         sequence = TaskSequence(sweep)
         state = sequence.start_of(task, folder.read_state(task - 1)) if task else sequence.empty_state()
+        sequence.read_plan(folder, task, state.digest)  # raises where its scans would be of something else
         device = plan.environment.device if torch.cuda.is_available() else "cpu"
         here = replace(plan, environment=replace(plan.environment, device=device))
         return TaskInputs(sequence.run_inputs(folder), here, state)

@@ -85,6 +85,22 @@ def test_a_task_that_is_not_committed_is_refused(copy: RunFolder) -> None:
         reselect(copy, SWEEP, 2, SWEEP.forgetting)
 
 
+def test_no_scan_is_made_by_settings_that_were_changed_by_hand(copy: RunFolder) -> None:
+    before = list(copy.read_scans(1))
+    with pytest.raises(InputError, match=r"sweep\.yaml was changed since task 0 was planned: seed 0 -> 1"):
+        reselect(copy, set_seed(SWEEP), 1, make(forgetting={"margin": "20%"}).forgetting)
+    assert list(copy.read_scans(1)) == before
+
+
+def test_no_scan_is_made_on_other_data_than_the_task_was_planned_with(copy: RunFolder) -> None:
+    before, plan = list(copy.read_scans(1)), copy.read_plan(1)
+    assert plan is not None
+    copy.write_plan(replace(plan, data_digest="0" * 64))
+    with pytest.raises(InputError, match="task 1 was planned on another data set: its digest was 000000000000"):
+        reselect(copy, SWEEP, 1, make(forgetting={"margin": "20%"}).forgetting)
+    assert list(copy.read_scans(1)) == before
+
+
 def test_after_fine_tuning_the_measure_alone_can_be_chosen_again(new: RunFolder) -> None:
     sweep = make(scenario={"tasks": 1}, forgetting={"margin": "10%", "finetune_rounds": 1, "finetune_epochs": 1})
     run_in_process(sweep, new)

@@ -55,14 +55,18 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Print the accuracy of a task's subnetwork."""
+    from clnp_search.agreement import check_data, check_sweep
     from clnp_search.clnp.subnetwork import Subnetwork
     from clnp_search.config import network_state
     from clnp_search.sequence import TaskSequence
 
     sweep, folder = open_named(run, storage)
     require_task(folder, task)
-    state = network_state(folder, sweep, task)
-    samples = getattr(TaskSequence(sweep).data(task), split)
+    check_sweep(folder, sweep)
+    state, sequence = network_state(folder, sweep, task), TaskSequence(sweep)
+    if plan := folder.read_plan(task):
+        check_data(folder, plan, sequence.data_digest(task))
+    samples = getattr(sequence.data(task), split)
     accuracy = Subnetwork(state, task).accuracy(samples.inputs, samples.labels)
     if as_json:
         print_json({"task": task, "split": split, "samples": len(samples), "accuracy": accuracy})
