@@ -126,8 +126,8 @@ def fork(origin: RunFolder, sweep: Sweep, after_task: int, folder: RunFolder) ->
         folder: Of the new run.
 
     Raises:
-        InputError: The task is not committed, the run exists, or its settings would change what is shared; nothing was
-            written.
+        InputError: The task is not committed, the run exists, its settings would change what is shared, or those of the
+            origin were changed; nothing was written.
     """
     results = origin.read_results()
     if not -1 <= after_task < len(results):
@@ -135,7 +135,11 @@ def fork(origin: RunFolder, sweep: Sweep, after_task: int, folder: RunFolder) ->
         raise InputError(f"--after-task {after_task}: not committed; allowed: {allowed}")
     if folder.exists("sweep.yaml"):
         raise InputError(f"{folder.uri}: there is a run of that name already; resume it, or take another --name")
-    changed = sweep.differing([sweep_of(origin)]) if after_task >= 0 else {}
+    changed = {}
+    if after_task >= 0:
+        recorded = sweep_of(origin)
+        check_sweep(origin, recorded)
+        changed = sweep.differing([recorded])
     kept = [
         f"  {key}: {new} here, {old} there"
         for key, (new, old) in changed.items()

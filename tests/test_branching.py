@@ -259,6 +259,16 @@ def test_what_would_change_the_shared_tasks_is_refused_and_nothing_is_written(
     assert not new.exists()
 
 
+def test_a_fork_of_a_run_whose_settings_were_changed_by_hand_is_refused_and_nothing_is_written(
+    copy: RunFolder, new: RunFolder
+) -> None:
+    changed = set_seed(SWEEP)
+    copy.write_sweep(changed.to_yaml())
+    with pytest.raises(InputError, match=r"sweep\.yaml was changed since task 0 was planned: seed 0 -> 1"):
+        fork(copy, changed, 0, new)
+    assert not new.exists()
+
+
 def test_a_task_that_is_not_there_or_a_name_that_is_taken_is_refused(copy: RunFolder, new: RunFolder) -> None:
     with pytest.raises(InputError, match="--after-task 2: not committed; allowed: -1 to 1"):
         fork(copy, SWEEP, 2, new)
