@@ -80,6 +80,8 @@ def main() -> None:
     handle_signals()
     try:
         status = app(prog_name="clnp-search", standalone_mode=False) or DONE
+        if status == 130:  # typer's own answer to an interrupt
+            raise KeyboardInterrupt
     except InputError as error:
         status = _complain(INPUT_WRONG, str(error))
     except Interrupted as error:
@@ -88,8 +90,8 @@ def main() -> None:
         status = _complain(FAILED, str(error))
     except (KeyboardInterrupt, typer.Abort):
         status = _complain(INTERRUPTED, "interrupted")
-    except SystemExit as error:  # typer's own answer to an interrupt is 130
-        status = INTERRUPTED if error.code == 130 else FAILED if error.code else DONE
+    except SystemExit as error:
+        status = FAILED if error.code else DONE
     except TyperException as error:
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "clnp-search"

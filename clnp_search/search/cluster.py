@@ -284,13 +284,12 @@ def connect(address: str, resources: ResourcesConfig, num_points: int = 0) -> It
     """
     if address == "local" and resources.cpu > (os.cpu_count() or 1):
         raise InputError(f"resources.cpu: {resources.cpu} is more than this machine has; at most {os.cpu_count()}")
-    if address == "local":
-        _start()
-    else:
-        _join(address)
+    with _interruptible():
+        _start() if address == "local" else _join(address)
     try:
-        cluster = Cluster(resources)
-        cluster.warm_up(num_points)
+        with _interruptible():
+            cluster = Cluster(resources)
+            cluster.warm_up(num_points)
         try:
             yield cluster
         finally:
@@ -303,6 +302,15 @@ def connect(address: str, resources: ResourcesConfig, num_points: int = 0) -> It
             ray.shutdown()
         finally:
             gc.enable()
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Inside, a SIGTERM interrupts; the handlers that Ray puts in place as it starts would have the process exit."""
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
 
 
 def _start() -> None:

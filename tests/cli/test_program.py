@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 from importlib.metadata import version
 
 import pytest
 from command_line import Cli
+
+from clnp_search.lease import Lease
+from clnp_search.storage import RunFolder
 
 
 def test_the_version_is_printed(cli: Cli) -> None:
@@ -17,6 +21,21 @@ def test_a_traceback_is_shown_where_it_is_asked_for(cli: Cli) -> None:
     assert "Traceback" not in plain.stderr
     assert "Traceback" in debug.stderr
     assert debug.stderr.endswith(plain.stderr)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_of_any_command_is_said_and_has_status_3(
+    cli: Cli, copy: RunFolder, number: signal.Signals
+) -> None:
+    copy.delete("tasks/001/result.json")
+    copy.delete("summary.json")
+    with Lease(copy, lambda: None):  # so that the run is watched without end
+        process = cli.start("status", copy.uri, "--watch")
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (3, "interrupted\n")
 
 
 def test_a_message_is_one_line_in_a_pipe(cli: Cli) -> None:

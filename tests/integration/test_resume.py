@@ -180,3 +180,12 @@ def test_an_interrupt_ends_within_seconds_with_status_3(cli: Cli, finished: Path
     assert summary["state_digest"] == digest(finished)
     after = point_times(run)
     assert {path: after[path] for path in seen} == seen
+
+
+def test_a_sigterm_while_ray_starts_ends_with_status_3(cli: Cli) -> None:
+    process = cli.start("run", "sweep.yaml", "--name", "early", "--tracking-uri", "none")
+    assert wait_until(lambda: any("gcs_server" in command for command in descendants(process.pid).values()), process)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 3, errors
+    assert "interrupted; every finished point is kept. Go on with: the same command" in errors
