@@ -180,7 +180,7 @@ def run(
             if origin is not folder and not folder.exists("sweep.yaml"):
                 begin(origin, member, -1, folder)  # so that it takes over what is the same
             try:
-                drive(member, folder, address)
+                drive(member, folder, address, alone=False)
             except MachineFault as fault:  # which another margin may not meet
                 err.print(f"{folder.name}: {fault}", style="red", markup=False, highlight=False)
                 failed.append(folder.name)
@@ -347,8 +347,11 @@ def _execute(sweep: Sweep, folder: RunFolder, address: str, as_json: bool, retry
     print_failed(failed)
 
 
-def drive(sweep: Sweep, folder: RunFolder, address: str, retry_failed: bool = False) -> Summary:
+def drive(sweep: Sweep, folder: RunFolder, address: str, retry_failed: bool = False, alone: bool = True) -> Summary:
     """Takes a run from where it stands to its end; what is seen meanwhile goes to standard error.
+
+    Args:
+        alone: It is all that the command runs, so that `resume` goes on with as much.
 
     Raises:
         InputError: What was asked for cannot be had; nothing was written.
@@ -408,7 +411,8 @@ def drive(sweep: Sweep, folder: RunFolder, address: str, retry_failed: bool = Fa
     except KeyboardInterrupt:
         if lease.lost:
             raise Interrupted(f"{lease.lost}, which goes on with it; this process stops") from None
-        raise Interrupted(f"interrupted; every finished point is kept. Go on with: {_again(folder, begun)}") from None
+        again = _again(folder, begun and alone)
+        raise Interrupted(f"interrupted; every finished point is kept. Go on with: {again}") from None
     except (MachineFault, MemoryError, OSError, RuntimeError) as error:
         what = str(error) if isinstance(error, Damaged | MachineFault) else f"{type(error).__name__}: {error}"
         raise MachineFault(
@@ -422,8 +426,8 @@ def drive(sweep: Sweep, folder: RunFolder, address: str, retry_failed: bool = Fa
     return summary
 
 
-def _again(folder: RunFolder, begun: bool) -> str:
-    return f"clnp-search resume {as_typed(folder)}" if begun else "the same command"
+def _again(folder: RunFolder, by_resume: bool) -> str:
+    return f"clnp-search resume {as_typed(folder)}" if by_resume else "the same command"
 
 
 def _load(sweep: Sweep) -> TaskSequence:

@@ -189,3 +189,13 @@ def test_a_sigterm_while_ray_starts_ends_with_status_3(cli: Cli) -> None:
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 3, errors
     assert "interrupted; every finished point is kept. Go on with: the same command" in errors
+
+
+def test_several_margins_that_are_interrupted_go_on_with_the_same_command(cli: Cli) -> None:
+    margins = ["--set", "margins=[1%, 2%]", "--set", "training.epochs=100000"]
+    process = cli.start("run", "sweep.yaml", "--name", "both", "--tracking-uri", "none", *margins)
+    assert wait_until((cli.folder / "runs" / "both-m1" / "tasks" / "000" / "plan.json").exists, process)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 3, errors
+    assert "interrupted; every finished point is kept. Go on with: the same command" in errors
