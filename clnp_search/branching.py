@@ -61,7 +61,8 @@ def reselect(
     Raises:
         InputError: The task is not committed, or was fine-tuned, so that other rules need other training; or the sweep
             or the data are not those that it was planned with.
-        RuntimeError: A record is missing, or no candidate stays inside the margin.
+        Damaged: A record is missing.
+        NoModel: No candidate stays inside the margin.
     """
     if sweep.method != "clnp":
         raise InputError(

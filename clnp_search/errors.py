@@ -15,5 +15,9 @@ class Damaged(RuntimeError):  # noqa: N818 - it says what is the case
     """A file of a run is not as it was written: cut short, changed, swapped, made by somebody else. Exit status 1."""
 
 
+class NoModel(RuntimeError):  # noqa: N818 - it says what is the case
+    """A task has no model to keep; going on as before ends the same. Says what would not. Exit status 1."""
+
+
 class Interrupted(Exception):  # noqa: N818 - it says what is the case
     """The run was stopped on request and can be resumed. Exit status 3."""

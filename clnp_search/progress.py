@@ -61,6 +61,11 @@ class Progress:
     points: int
     failed_points: tuple[FailedPoint, ...]
 
+    @property
+    def has_no_model(self) -> bool:
+        """Whether every point of the next task has failed."""
+        return 0 < self.points == sum(each.task == self.task for each in self.failed_points)
+
 
 def progress_of(folder: RunFolder) -> Progress:
     """Where a run stands.

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from clnp_search.errors import NoModel
 from clnp_search.forecast import Budget
 from clnp_search.records import PointRecord, ScanRecord, Selection
 
@@ -28,12 +29,16 @@ def candidates(records: Sequence[PointRecord], margin: float) -> tuple[int, list
     """The margin's limit in right samples, and the points inside it before pruning, in point order.
 
     Raises:
-        RuntimeError: No point was trained successfully.
+        NoModel: No point was trained successfully.
     """
     done = [record for record in records if record.status == "done"]
     if not done:
         reasons = "; ".join(sorted({record.reason for record in records}))
-        raise RuntimeError(f"every grid point of this task failed (--retry-failed trains them again): {reasons}")
+        raise NoModel(
+            f"every grid point of this task failed: {reasons}\n"
+            "`clnp-search resume RUN --retry-failed` trains them again; "
+            "with other learning rates or alphas `clnp-search fork` goes on after the task before"
+        )
     best = max(done, key=lambda record: record.val_correct)
     limit = min_correct(best.val_correct, best.val_total, margin)
     return limit, [record for record in done if record.val_correct >= limit]
@@ -46,7 +51,7 @@ def best_mean(records: Sequence[PointRecord]) -> Selection:
     rate, point order.
 
     Raises:
-        RuntimeError: No point was trained successfully.
+        NoModel: No point was trained successfully.
     """
     _, done = candidates(records, margin=1.0)
     ranked = sorted(done, key=lambda each: (-each.val_accuracy, sum(each.point.alpha), each.point.learning_rate))
@@ -93,7 +98,7 @@ def spend(
         scan: Gives the scans of candidates for a limit.
 
     Raises:
-        RuntimeError: No point was trained successfully.
+        NoModel: No point was trained successfully.
     """
     tried: list[tuple[float, Spent]] = []
     reasons: list[str] = []
@@ -140,14 +145,14 @@ def choose(
         reasons: For the margin.
 
     Raises:
-        RuntimeError: No candidate stays inside the margin even at theta = 0.
+        NoModel: No candidate stays inside the margin even at theta = 0.
     """
     limit, inside = candidates(records, margin)
     points = {record.point.index: record.point for record in records}
     passing = [scan for scan in scans if scan.theta is not None]
     best = max(record.val_accuracy for record in inside)
     if not passing:
-        raise RuntimeError(
+        raise NoModel(
             f"no candidate keeps {limit} of {inside[0].val_total} validation samples right "
             f"{'after its fine-tune rounds' if any(scan.round for scan in scans) else 'at theta = 0'}; "
             "a larger forgetting.margin would admit one, with which `clnp-search fork` goes on after the task before"

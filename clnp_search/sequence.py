@@ -32,7 +32,7 @@ from clnp_search.clnp.seeds import generator
 from clnp_search.clnp.state import FREE, Architecture, Parameters, State, commit
 from clnp_search.clnp.subnetwork import Subnetwork, subnetworks
 from clnp_search.config import Sweep, sweep_at
-from clnp_search.errors import Damaged, InputError, MachineFault
+from clnp_search.errors import Damaged, InputError, MachineFault, NoModel
 from clnp_search.forecast import Budget
 from clnp_search.listener import Listener
 from clnp_search.pareto import pareto_front
@@ -290,7 +290,7 @@ class Runner:
         Raises:
             InputError: The run folder is of other settings or data; nothing was written.
             MachineFault: What the run needs failed, time after time.
-            RuntimeError: A task has no usable point.
+            NoModel: A task has no usable point.
         """
         retries = self._sweep.search.max_failures
         try:
@@ -330,7 +330,7 @@ class Runner:
         except Exception as error:
             reason = (
                 str(error)
-                if isinstance(error, Damaged | MachineFault | InputError)
+                if isinstance(error, Damaged | MachineFault | InputError | NoModel)
                 else f"{type(error).__name__}: {error}"
             )
             with suppress(OSError):  # the storage may be what failed
@@ -548,7 +548,7 @@ class Runner:
         """The next fine-tune round: what it trains follows from what is recorded, and so does it on a resume."""
         passing = [plan.points[scan.point] for scan in scans if scan.theta is not None]
         if not passing:
-            raise RuntimeError(
+            raise NoModel(
                 f"task {plan.task}: no candidate stays inside the margin; a larger forgetting.margin would admit one"
             )
         packs = self._packs(passing, plan.task, state.architecture, active_units(state))

@@ -9,6 +9,7 @@ from dataclasses import asdict
 import pytest
 from builders import make_point, make_record, make_result, make_scan
 
+from clnp_search.errors import NoModel
 from clnp_search.forecast import Budget
 from clnp_search.records import Point, PointRecord, ScanRecord, TaskResult, Units
 from clnp_search.selection import SPARSITY, Spent, candidates, choose, min_correct, spend
@@ -74,9 +75,11 @@ def test_points_that_all_failed_raise_with_every_reason_once() -> None:
         make_record(1, 0, status="failed", reason="out of memory"),
         make_record(2, 0, status="failed", reason="diverged"),
     ]
-    with pytest.raises(RuntimeError, match=r"every grid point of this task failed .*: diverged; out of memory"):
+    with pytest.raises(
+        NoModel, match=r"every grid point of this task failed: diverged; out of memory\n.*--retry-failed"
+    ):
         candidates(records, 0.5)
-    with pytest.raises(RuntimeError, match="every grid point"):
+    with pytest.raises(NoModel, match="every grid point"):
         choose(records, [], 0.5)
 
 

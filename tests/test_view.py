@@ -166,6 +166,16 @@ def test_failed_points_are_named_while_others_still_train(clock: Clock) -> None:
     assert "task 0 of 3: p001 failed: diverged: [nan]" in shown(happen, terminal=False)
 
 
+def test_where_every_point_failed_no_best_one_is_announced(clock: Clock) -> None:
+    failed = [make_record(index, 0, status="failed", reason="diverged") for index in range(4)]
+
+    def happen(seen: LiveView) -> None:
+        seen.task_planned(PLAN, [])
+        seen.points_finished(failed)
+
+    assert shown(happen, terminal=False)[-1] == "task 0 of 3: p003 failed: diverged"
+
+
 def test_a_terminal_says_how_mlflow_is_doing(clock: Clock) -> None:
     assert shown(training(clock, 30), mlflow="up to date")[-1] == "MLflow is up to date"
     for terminal in (True, False):

@@ -46,7 +46,7 @@ from clnp_search.cli.reselect import reselect
 from clnp_search.cli.runs import compare, print_failed, runs, status
 from clnp_search.cli.server import ui
 from clnp_search.cli.sweeps import plan, schema
-from clnp_search.errors import Damaged, InputError, Interrupted, MachineFault
+from clnp_search.errors import Damaged, InputError, Interrupted, MachineFault, NoModel
 
 if TYPE_CHECKING:
     from clnp_search.config import Sweep
@@ -86,7 +86,7 @@ def main() -> None:
         status = _complain(INPUT_WRONG, str(error))
     except Interrupted as error:
         status = _complain(INTERRUPTED, str(error))
-    except (Damaged, MachineFault) as error:
+    except (Damaged, MachineFault, NoModel) as error:
         status = _complain(FAILED, str(error))
     except (KeyboardInterrupt, typer.Abort):
         status = _complain(INTERRUPTED, "interrupted")
@@ -413,6 +413,8 @@ def drive(sweep: Sweep, folder: RunFolder, address: str, retry_failed: bool = Fa
             raise Interrupted(f"{lease.lost}, which goes on with it; this process stops") from None
         again = _again(folder, begun and alone)
         raise Interrupted(f"interrupted; every finished point is kept. Go on with: {again}") from None
+    except NoModel as error:
+        raise MachineFault(str(error)) from error
     except (MachineFault, MemoryError, OSError, RuntimeError) as error:
         what = str(error) if isinstance(error, Damaged | MachineFault) else f"{type(error).__name__}: {error}"
         raise MachineFault(

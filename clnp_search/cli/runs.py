@@ -90,7 +90,8 @@ def _show_status(folder: RunFolder, as_json: bool) -> str:
         )
     print_failed(progress.failed_points)
     if progress.status in ("interrupted", "failed"):
-        out.print(f"go on with `clnp-search resume {as_typed(folder)}`", markup=False, highlight=False)
+        retried = " --retry-failed" if progress.status == "failed" and progress.has_no_model else ""
+        out.print(f"go on with `clnp-search resume {as_typed(folder)}{retried}`", markup=False, highlight=False)
     return progress.status
 
 

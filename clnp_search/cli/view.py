@@ -108,7 +108,8 @@ class LiveView(Listener):
         for record in records:
             if record.status == "failed":
                 self._line(f"{self._task()}: {record.point.name} failed: {record.reason}", "✗", "red")
-        self._line(f"{self._task()}: {self._stage}; {self._best()}")
+        if best := self._best():
+            self._line(f"{self._task()}: {self._stage}; {best}")
 
     def scanning(self, done: int, total: int, models: int) -> None:
         """Counts the models of the scans under way."""

@@ -252,6 +252,18 @@ def test_a_diverging_point_is_recorded_and_the_search_goes_on(cli: Cli) -> None:
     assert summary["status"] == "complete"
 
 
+def test_a_run_whose_points_all_diverge_says_what_would_not_end_the_same(cli: Cli) -> None:
+    settings = ["--set", "training.optimizer=sgd", "--set", "search.learning_rate=1e30", "--set", "scenario.tasks=1"]
+    errors = cli("run", "sweep.yaml", "--name", "lost", "--tracking-uri", "none", *settings, status=1).stderr
+    said = "every grid point of this task failed: diverged: a parameter or an activity is not finite"
+    *_, reason, advice = errors.splitlines()
+    assert reason == said
+    assert advice.startswith("`clnp-search resume RUN --retry-failed` trains them again; with other learning rates")
+    shown = cli("status", "lost").stdout.splitlines()
+    assert said in shown
+    assert shown[-1] == "go on with `clnp-search resume lost --retry-failed`"
+
+
 def test_a_depleted_network_is_reported_and_can_stop_the_sequence(cli: Cli) -> None:
     size = ["--set", "network.hidden=[8, 2]", "--set", "search.alpha=[0]", "--set", "forgetting.margin=0"]
     stop = ["--set", "capacity.on_depletion=stop", "--set", "search.learning_rate=0.01"]
