@@ -67,7 +67,7 @@ def _show_status(folder: RunFolder, as_json: bool) -> str:
         return progress.status
     summary = progress.summary
     if summary.tasks:
-        out.print(summary_table(summary))
+        out.print(summary_table(summary, progress.status))
         out.print(summary_line(summary))
         for sentence in in_words(summary.tasks, num_tasks) if progress.sweep.method == "clnp" else ():
             out.print(f"[yellow]{sentence}[/]", highlight=False)

@@ -330,15 +330,18 @@ def _free(units: Units) -> str:
     return f"{units.free:,} of {units.total:,} units free"
 
 
-def summary_table(summary: Summary) -> Table:
+def summary_table(summary: Summary, status: str = "") -> Table:
     """What every task chose and what it costs; `pruned` and `val` are validation accuracies, `now` is the last test.
 
     Of a network with many groups of units, all together and the scarcest.
+
+    Args:
+        status: Where it is another one than the summary's, which cannot know that its run was interrupted.
     """
     groups = list(summary.tasks[0].units) if summary.tasks else []
     many = len(groups) > MAX_GROUPS
     table = Table(
-        title=f"{escape(summary.name)}: {summary.status}",
+        title=f"{escape(summary.name)}: {status or summary.status}",
         title_justify="left",
         header_style="bold",
         box=SIMPLE_HEAD,

@@ -38,6 +38,7 @@ def test_a_run_that_nobody_drives_is_interrupted(cli: Cli) -> None:
     assert status["current"] == {"task": 1, "points_done": 2, "points": 4}
     lines = cli("status", "cut").stdout.splitlines()
     assert "interrupted: 1 of 2 tasks committed" in lines
+    assert lines[0].strip() == "cut: interrupted"
     assert "task 1: 2 of 4 points trained" in lines
     assert lines[-1] == "go on with `clnp-search resume cut`"
 
