@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import re
 from collections import Counter
 from dataclasses import replace
@@ -93,6 +94,13 @@ def test_the_tables_hold_the_same_as_csv(both: Report) -> None:
     accuracies = [tuple(row.values()) for row in rows(both, "accuracies")][:3]
     assert accuracies == [("first", "0", "0", "0.9"), ("first", "1", "0", "0.9"), ("first", "1", "1", "0.91")]
     assert rows(both, "units")[0].keys() == {"run", "after_task", "group", "total", "active", "new", "free"}
+
+
+def test_lists_are_json_in_every_table(both: Report) -> None:
+    [spread] = rows(both, "spread")
+    assert (json.loads(spread["runs"]), json.loads(spread["seeds"])) == (["first"], [0])
+    assert json.loads(rows(both, "tasks")[0]["theta"]) == [0.6, 0.6]
+    assert json.loads(rows(both, "pareto")[0]["theta"]) == [1.5, 1.5]
 
 
 def test_runs_of_one_name_are_told_apart_by_where_they_are(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -63,7 +64,7 @@ def report(folders: Sequence[RunFolder]) -> Report:
         compared=_inline(runs_compared([run.summary for run in runs]), "compared"),
         version=version("clnp-search"),
     )
-    return Report(html, {name: pd.DataFrame(rows).to_csv(index=False).encode() for name, rows in tables.items()})
+    return Report(html, {name: _csv(rows) for name, rows in tables.items()})
 
 
 class _Run:
@@ -158,9 +159,9 @@ class _Run:
                 "task": result.index,
                 "name": result.name,
                 "point": result.selected.point,
-                "alpha": list(result.selected.alpha),
+                "alpha": result.selected.alpha,
                 "learning_rate": result.selected.learning_rate,
-                "theta": list(result.selected.theta),
+                "theta": result.selected.theta,
                 "best_val_accuracy": result.best_val_accuracy,
                 "pruned_val_accuracy": result.selected.val_accuracy,
                 "test_accuracy": result.test_accuracy,
@@ -198,6 +199,15 @@ class _Run:
 
     def _svg(self, draw: Callable[[str, Sequence[TaskResult]], Figure], name: str) -> str:
         return _inline(draw(self.name, self.summary.tasks), f"{self.name}-{name}")
+
+
+def _csv(rows: Sequence[Row]) -> bytes:
+    """Rows as CSV; lists are JSON, as in a run's own tables."""
+    plain = [
+        {key: json.dumps(value) if isinstance(value, list | tuple) else value for key, value in row.items()}
+        for row in rows
+    ]
+    return pd.DataFrame(plain).to_csv(index=False).encode()
 
 
 def _inline(figure: Figure, name: str) -> str:
