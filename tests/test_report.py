@@ -131,6 +131,7 @@ def test_the_command_names_what_it_has_written(tmp_path: Path) -> None:
     assert written["page"] == "page.html"
     assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
     assert (tmp_path / written["tables"]["units"]).read_text().startswith("run,after_task,group")
+    assert "is named more than once" in cli("report", "run", "runs/run", status=2).stderr
     assert "no/page.html" in cli("report", "run", "--out", "no/page.html", status=2).stderr
 
 

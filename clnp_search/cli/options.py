@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -115,6 +117,21 @@ def open_named(run: str, storage: str) -> tuple[Sweep, RunFolder]:
 
     folder = open_run(run, storage)
     return sweep_of(folder), folder
+
+
+def open_runs(names: Sequence[str], storage: str) -> list[RunFolder]:
+    """The folders of runs that exist.
+
+    Raises:
+        InputError: There is none of a name, or one is named more than once.
+    """
+    from clnp_search.storage import open_run
+
+    folders = [open_run(name, storage) for name in names]
+    times = Counter(folder.uri for folder in folders)
+    if repeated := sorted(uri for uri in times if times[uri] > 1):
+        raise InputError(f"RUN...: {', '.join(repeated)} is named more than once")
+    return folders
 
 
 def require_task(folder: RunFolder, task: int) -> None:

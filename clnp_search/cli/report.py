@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from clnp_search.cli.console import out, print_json
-from clnp_search.cli.options import AsJson, Storage
+from clnp_search.cli.options import AsJson, Storage, open_runs
 from clnp_search.errors import InputError
 
 
@@ -20,9 +20,8 @@ def report(
 ) -> None:
     """Write one HTML page over runs: figures, choices with their reasons, digests. Its tables go beside it as CSV."""
     from clnp_search.report.page import report as report_over
-    from clnp_search.storage import open_run
 
-    written = report_over([open_run(run, storage) for run in runs])
+    written = report_over(open_runs(runs, storage))
     tables = {name: out_file.with_suffix(f".{name}.csv") for name in written.tables}
     try:
         out_file.write_text(written.html, "utf-8")

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from clnp_search.cli.console import as_typed, count, duration, err, out, print_json
-from clnp_search.cli.options import AsJson, Run, Storage
+from clnp_search.cli.options import AsJson, Run, Storage, open_runs
 from clnp_search.errors import InputError
 from clnp_search.records import margin_text
 
@@ -147,13 +147,10 @@ def compare(
     """Compare runs: accuracy and free capacity, task after task."""
     from clnp_search.progress import progress_of
     from clnp_search.report.comparison import comparison_csv, comparison_rows, spread_rows
-    from clnp_search.storage import open_run
 
     if figure_file and figure_file.suffix.lower() not in FIGURE_SUFFIXES:
         raise InputError(f"--figure {figure_file}: the name must end in one of {', '.join(FIGURE_SUFFIXES)}")
-    folders = [open_run(name, storage) for name in names]
-    if repeated := sorted({folder.uri for folder in folders if [each.uri for each in folders].count(folder.uri) > 1}):
-        raise InputError(f"compare: {', '.join(repeated)} is named more than once")
+    folders = open_runs(names, storage)
     found = [(folder, progress_of(folder)) for folder in folders]
     labels = _labels(folders)
     summaries = dict(zip(labels, (progress.summary for _, progress in found), strict=True))

@@ -196,7 +196,7 @@ def test_the_figure_is_of_the_kind_that_its_name_says(cli: Cli, suffix: str, mag
     ("arguments", "message"),
     [
         (["a", "absent"], "absent: no run of that name"),
-        (["a", "runs/a"], "compare: "),
+        (["a", "runs/a"], "RUN...: "),
         (["a", "empty"], "compare: no task of empty is committed yet"),
         (["a", "--figure", "a.gif"], "--figure a.gif: the name must end in one of .png, .svg"),
         (["a", "--csv", "no/folder.csv"], "--csv no/folder.csv: "),
