@@ -241,11 +241,12 @@ def load_export(path: str | Path) -> Callable[[Tensor], Tensor]:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file")
+    suffix = path.suffix.lower()
     try:
-        if path.suffix == ".pt2":
+        if suffix == ".pt2":
             network = torch.export.load(path).module()
             return lambda raw: network(raw.to(torch.float32))
-        if path.suffix == ".onnx":
+        if suffix == ".onnx":
             import onnxruntime
 
             session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])

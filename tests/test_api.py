@@ -110,14 +110,14 @@ def test_a_subnetwork_is_a_module(run: clnp_search.Run) -> None:
         run.subnetwork(2)
 
 
-@pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
+@pytest.mark.parametrize("suffix", [".pt2", ".ONNX"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 def test_an_export_gives_the_networks_own_logits(run: clnp_search.Run, tmp_path: Path, suffix: str) -> None:
-    if suffix == ".onnx":
+    if suffix == ".ONNX":
         pytest.importorskip("onnxruntime")
     network, raw = run.subnetwork(0), torch.rand(7, 3)
     path = tmp_path / f"task{suffix}"
-    path.write_bytes(network.to_bytes(suffix))
+    path.write_bytes(network.to_bytes(suffix.lower()))
     torch.testing.assert_close(clnp_search.load_export(path)(raw), network(raw))
 
 
