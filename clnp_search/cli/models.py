@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
@@ -92,6 +93,10 @@ def export(
         raise InputError(f"--out {out_file}: the name must end in one of {', '.join(EXPORT_SUFFIXES)}")
     sweep, folder = open_named(run, storage)
     require_task(folder, task)
+    if out_file.is_dir():
+        raise InputError(f"--out {out_file}: is a folder; name a file")
+    if not out_file.parent.is_dir():
+        raise InputError(f"--out {out_file}: there is no folder {out_file.parent}")
     network = Subnetwork(network_state(folder, sweep, task), task)
     try:
         data = network.to_bytes(suffix)
@@ -102,7 +107,9 @@ def export(
         partial.write_bytes(data)
         partial.replace(out_file)
     except OSError as error:
-        raise InputError(f"--out {out_file}: {error}") from error
+        with suppress(OSError):
+            partial.unlink()
+        raise InputError(f"--out {out_file}: {error.strerror}") from error
     document = {
         "file": str(out_file),
         "task": task,
