@@ -37,6 +37,7 @@ GREY_MODES = ("1", "L", "LA", "La")
 # Decoded by Pillow alone; for others, such as EPS, it starts programs.
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # more than 8 bits a value
+DEEP_RAW_MODES = (";16B", ";16L", ";16N")  # likewise of colours, in a file; those of BGR;16 have fewer
 
 
 @dataclass(frozen=True)
@@ -176,8 +177,8 @@ def _pixels(sample: Sample, size: tuple[int, int] | None) -> tuple[NDArray[np.ui
         with image:
             if image.width * image.height > (Image.MAX_IMAGE_PIXELS or 1 << 27):
                 return f"{image.width} x {image.height} pixels: too large to be decoded safely"
-            if image.mode in DEEP_MODES:
-                return f"its mode is {image.mode}; images of more than 8 bits a value are not read"
+            if deep := _deep_mode(image):
+                return f"its mode is {deep}; images of more than 8 bits a value are not read"
             mode = "L" if image.mode in GREY_MODES else "RGB"
             ImageOps.exif_transpose(image, in_place=True)
             if image.has_transparency_data:
@@ -190,6 +191,14 @@ def _pixels(sample: Sample, size: tuple[int, int] | None) -> tuple[NDArray[np.ui
     except Exception as error:  # decoders raise many kinds
         return f"does not decode: {type(error).__name__}: {error}"
     return values[None] if values.ndim == 2 else values.transpose(2, 0, 1), label
+
+
+def _deep_mode(image: Image) -> str:
+    """The mode of an image of more than 8 bits a value, else nothing; where Pillow would cut them, that in the file."""
+    modes = [image.mode]
+    for tile in getattr(image, "tile", ()):  # of an image that is not decoded yet
+        modes.append(str(tile.args[0] if isinstance(tile.args, tuple) else tile.args))
+    return next((mode for mode in modes if mode in DEEP_MODES or mode.endswith(DEEP_RAW_MODES)), "")
 
 
 def _open_image(open_file: Opened, label: int) -> tuple[Image, int]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import struct
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -270,6 +272,21 @@ def test_more_than_eight_bits_a_value_are_refused(tmp_path: Path) -> None:
     (found,) = faults(tmp_path)
     assert "train/a/0.png" in found
     assert "more than 8 bits" in found
+
+
+@pytest.mark.parametrize(("kind", "values", "mode"), [(2, 3, "RGB;16B"), (4, 2, "LA;16B"), (6, 4, "RGBA;16B")])
+def test_more_than_eight_bits_a_value_are_refused_in_colour_too(
+    tmp_path: Path, kind: int, values: int, mode: str
+) -> None:
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 6, 4, 16, kind, 0, 0, 0))
+    pixels = chunk(b"IDAT", zlib.compress(bytes(4 * (1 + 6 * values * 2))))
+    write_folders(tmp_path)
+    (tmp_path / "train/a/0.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + pixels + chunk(b"IEND", b""))
+    wanted = f"train/a/0.png: its mode is {mode}; images of more than 8 bits a value are not read"
+    assert faults(tmp_path) == [wanted]
 
 
 @pytest.mark.parametrize("limit", [23, 11])  # beyond Pillow's limit, and beyond twice of it
