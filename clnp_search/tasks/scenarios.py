@@ -249,25 +249,27 @@ class Wanted:
 
         Args:
             names: Of all classes, by label.
-            known: The label of each name that a list may hold.
+            known: The label of each name that a list may hold; equal shares have each of these labels once.
 
         Raises:
             InputError: A list has a class that there is not, or the classes cannot be shared out evenly.
         """
         assert self.tasks is not None
+        labels = sorted({*known.values()})
         if self.classes is None:
-            if len(names) % self.tasks:
-                allowed = ", ".join(str(tasks) for tasks in range(1, len(names) + 1) if len(names) % tasks == 0)
+            if len(labels) % self.tasks:
+                allowed = ", ".join(str(tasks) for tasks in range(1, len(labels) + 1) if len(labels) % tasks == 0)
                 raise InputError(
-                    f"scenario.tasks: {self.tasks} tasks cannot share {len(names)} classes evenly; allowed: {allowed}, "
-                    "or scenario.classes: a list of classes for each task"
+                    f"scenario.tasks: {self.tasks} tasks cannot share {len(labels)} classes evenly; "
+                    f"allowed: {allowed}, or scenario.classes: a list of classes for each task"
                 )
-            each = len(names) // self.tasks
-            lists = [tuple(range(task * each, (task + 1) * each)) for task in range(self.tasks)]
+            each = len(labels) // self.tasks
+            lists = [tuple(labels[task * each : (task + 1) * each]) for task in range(self.tasks)]
         else:
             unknown = [name for classes in self.classes for name in classes if name not in known]
             if unknown:
-                raise InputError(f"scenario.classes: no class {', '.join(unknown)}; there are: {', '.join(names)}")
+                there = ", ".join(names[label] for label in labels)
+                raise InputError(f"scenario.classes: no class {', '.join(unknown)}; there are: {there}")
             lists = [tuple(known[name] for name in classes) for classes in self.classes[: self.tasks]]
         return tuple(
             Task(index, f"classes-{names[classes[0]]}-{names[classes[-1]]}", classes)
@@ -311,7 +313,8 @@ def _permuted(load: Callable[[Path], RawData]) -> Callable[[Wanted], Loaded]:
 
 def _split(load: Callable[[Path], RawData]) -> Callable[[Wanted], Loaded]:
     def loaded(wanted: Wanted) -> Loaded:
-        return (load(wanted.root),), wanted.shares([str(label) for label in range(10)], {})
+        digits = {str(label): label for label in range(10)}
+        return (load(wanted.root),), wanted.shares([*digits], digits)
 
     return loaded
 
@@ -342,8 +345,9 @@ def _class_folders(wanted: Wanted) -> Loaded:
 
 def _torchvision(wanted: Wanted) -> Loaded:
     raw, names = load_torchvision(wanted.name.removeprefix(TORCHVISION), wanted.root, wanted.arguments, wanted.size)
-    numbers = {str(label): label for label in range(len(names))}
-    return (raw,), wanted.shares(names, numbers | {name: label for label, name in enumerate(names)})
+    labels = np.unique(raw.train_labels).tolist()  # of EMNIST's letters, the first name has no sample
+    known = {str(label): label for label in labels} | {names[label]: label for label in labels}
+    return (raw,), wanted.shares(names, known)
 
 
 def _own(wanted: Wanted) -> Loaded:

@@ -31,7 +31,7 @@ def train_and_test(
 
     Raises:
         InputError: torchvision has no such data set, or it is neither there nor can be downloaded, or it is damaged,
-            or torchvision does not fit torch.
+            or its constructor takes other arguments, or torchvision does not fit torch.
     """
     try:
         datasets = importlib.import_module("torchvision.datasets")
@@ -61,6 +61,9 @@ def train_and_test(
     settings = {"download": True} if "download" in known or is_mnist else {}
     try:
         train, test = (make(str(root), **{**settings, **(arguments or {}), **part}) for part in parts)
+    except TypeError as error:
+        given = dict(arguments or {})
+        raise InputError(f"scenario.arguments: {given}: {name} cannot be made with these: {error}") from error
     except Exception as error:  # torchvision and urllib raise many kinds
         raise InputError(
             f"scenario.root: {name} under {root} can be neither read nor downloaded: {type(error).__name__}: {error}\n"

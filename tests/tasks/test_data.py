@@ -276,6 +276,31 @@ def test_a_data_set_that_torchvision_does_not_have_is_refused(name: str, fault: 
         load_torchvision(name, tmp_path, {})
 
 
+def test_a_class_without_a_sample_is_in_no_task(tmp_path: Path) -> None:
+    raw = tmp_path / "EMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part in ("train", "test"):
+        for kind, array in (("images-idx3", np.zeros((52, 28, 28), np.uint8)), ("labels-idx1", np.arange(52) % 26 + 1)):
+            header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes()
+            (raw / f"emnist-letters-{part}-{kind}-ubyte").write_bytes(header + array.astype(np.uint8).tobytes())
+    settings = {
+        "name": "torchvision:EMNIST",
+        "root": str(tmp_path),
+        "arguments": {"split": "letters"},
+        "validation": 2,
+    }
+    scenario = make_sweep(scenario={**settings, "tasks": 13}).load_scenario()
+    assert [task.name for task in scenario.tasks][::12] == ["classes-a-b", "classes-y-z"]
+    assert scenario.data(12).test.labels.tolist() == [0, 1, 0, 1]
+    with pytest.raises(InputError, match=r"scenario\.classes: no class N/A; there are: a, b, c"):
+        make_sweep(scenario={**settings, "classes": [["N/A", "a"]]}).load_scenario()
+
+
+def test_arguments_that_a_data_set_does_not_take_are_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"scenario.arguments: \{\}: EMNIST cannot be made .* argument: 'split'"):
+        load_torchvision("EMNIST", tmp_path, {})
+
+
 def test_torchvisions_mnist_is_one_grey_channel(shared_data: Path) -> None:
     raw, names = load_torchvision("MNIST", shared_data, {})
     assert raw.train_inputs.shape == (60000, 1, 28, 28)

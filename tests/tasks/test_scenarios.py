@@ -127,7 +127,8 @@ def test_permuted_tasks_keep_all_classes_and_raw_samples_in_order_of_pixels() ->
 @pytest.mark.parametrize("num_tasks", [5, 2])
 def test_split_tasks_share_out_the_classes_in_order(num_tasks: int) -> None:
     wanted = Wanted("split_digits", num_tasks, root=None)  # type: ignore[arg-type]
-    tasks = wanted.shares([str(label) for label in range(10)], {})
+    digits = {str(label): label for label in range(10)}
+    tasks = wanted.shares([*digits], digits)
     assert [label for task in tasks for label in task.classes or ()] == list(range(10))
     assert {len(task.classes or ()) for task in tasks} == {10 // num_tasks}
 
