@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from clnp_search.config import Sweep, load_sweep, network_state, parse_sweep
-from clnp_search.errors import InputError
+from clnp_search.errors import Damaged, InputError
 from clnp_search.progress import Progress, progress_of
 from clnp_search.records import Summary
-from clnp_search.storage import RunFolder, open_run
+from clnp_search.storage import RunFolder, join_uri, open_run
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -118,8 +118,7 @@ class Run:
                     values |= {"val_accuracy": record.val_accuracy if record.status == "done" else float("nan")}
                     rows.append(values | {"seconds": record.seconds})
             if path := self._folder.artifacts(task).get("points.csv"):
-                table = self._table(path)
-                table["theta"] = [tuple(json.loads(text)) if isinstance(text, str) else None for text in table["theta"]]
+                table = self._table(path, usecols=["point", *CHOICE], converters={"theta": _theta})
                 choices.append(table.assign(task=task)[["task", "point", *CHOICE]])
         points = _frame(rows, "task", "point")
         return points.join(pd.concat(choices).set_index(["task", "point"])) if choices else points
@@ -162,15 +161,26 @@ class Run:
         from clnp_search.clnp.subnetwork import Subnetwork
 
         committed = len(self._folder.read_results())
-        if not 0 <= task < committed:
+        if task not in range(committed):
             allowed = f"0 to {committed - 1}" if committed else "none yet"
-            raise InputError(f"task {task} is not committed; allowed: {allowed}")
+            raise InputError(f"task {task!r} is not committed; allowed: {allowed}")
         return Subnetwork(network_state(self._folder, self.sweep, task), task)
 
-    def _table(self, path: str) -> pd.DataFrame:
-        """A CSV file of the run; one without a row has no column either."""
+    def _table(self, path: str, **options: Any) -> pd.DataFrame:
+        """A CSV file of the run, read with options of `pandas.read_csv`; one without a row has no column either.
+
+        Raises:
+            Damaged: It is none, or has no such columns.
+        """
         data = self._folder.read(path)
-        return pd.read_csv(io.BytesIO(data)) if data.strip() else pd.DataFrame()
+        try:
+            return (
+                pd.read_csv(io.BytesIO(data), **options)
+                if data.strip()
+                else pd.DataFrame(columns=options.get("usecols"))
+            )
+        except (TypeError, ValueError) as error:
+            raise Damaged(f"{join_uri(self._folder.uri, path)}: damaged, or changed by hand: {error}") from error
 
     def _plans(self) -> Iterator[tuple[int, Any]]:
         for task in itertools.count():
@@ -219,6 +229,8 @@ def run(
         sweep = load_sweep(Path(sweep))
     elif isinstance(sweep, Mapping):
         sweep = parse_sweep(dict(sweep), "sweep")
+    elif not isinstance(sweep, Sweep):
+        raise InputError(f"sweep: {sweep!r}; allowed: a sweep file's path, the same as plain data, or a Sweep")
     if len(sweep.members("")) > 1:
         raise InputError(
             "margins and repetitions ask for several sequences: run each of `sweep.members(name)`, by its name"
@@ -278,3 +290,8 @@ def _signals_handled() -> Iterator[None]:
 
 def _frame(rows: list[dict[str, Any]], *index: str) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=None if rows else list(index)).set_index(list(index))
+
+
+def _theta(text: str) -> tuple[float, ...] | None:
+    """As `points.csv` has it; empty for a point that has none."""
+    return tuple(json.loads(text)) if text else None

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from builders import make_sweep, write_run
 
 import clnp_search
+from clnp_search.errors import Damaged
 from clnp_search.storage import RunFolder
 
 
@@ -64,6 +67,16 @@ def test_points_are_a_table_with_what_became_of_them(run: clnp_search.Run) -> No
     assert run.points.loc[(0, "p000"), "theta"] is None
 
 
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [(b"a,b", "columns expected but not found: ["), (b"\xff", "'utf-8' codec"), (b'"', "EOF inside string")],
+)
+def test_a_table_that_is_damaged_is_named(folder: RunFolder, data: bytes, reason: str) -> None:
+    folder.write("tasks/001/points.csv", data)
+    with pytest.raises(Damaged, match=rf"tasks/001/points\.csv: damaged, or changed by hand: .*{re.escape(reason)}"):
+        _ = clnp_search.load(folder.uri).points
+
+
 def test_epochs_are_a_table(run: clnp_search.Run) -> None:
     assert run.epochs.loc[(1, "p000", 2), "val_accuracy"] == 0.7
     assert len(run.epochs) == 2 * (3 * 3 + 1)
@@ -108,6 +121,8 @@ def test_a_subnetwork_is_a_module(run: clnp_search.Run) -> None:
     assert network(torch.zeros(5, 3)).shape == (5, 2)
     with pytest.raises(clnp_search.InputError, match="task 2 is not committed; allowed: 0 to 1"):
         run.subnetwork(2)
+    with pytest.raises(clnp_search.InputError, match="task 'a' is not committed; allowed: 0 to 1"):
+        run.subnetwork("a")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("suffix", [".pt2", ".ONNX"])
@@ -145,6 +160,14 @@ def test_a_sweep_that_cannot_be_run_is_refused_before_anything_starts(tmp_path: 
     with pytest.raises(clnp_search.InputError, match="seed: 1 here, 0 there"):
         clnp_search.run(make_sweep(name="done", seed=1), storage=folder.uri.removesuffix("/done"))
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("sweep", [3, None, []])
+def test_what_is_no_sweep_is_refused(sweep: Any) -> None:
+    with pytest.raises(
+        clnp_search.InputError, match="allowed: a sweep file's path, the same as plain data, or a Sweep"
+    ):
+        clnp_search.run(sweep)
 
 
 def test_the_packages_names_are_those_it_documents() -> None:
