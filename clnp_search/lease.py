@@ -85,9 +85,7 @@ class Lease:
         return self._folder.uri
 
     def _refusal(self, holder: Holder) -> InputError:
-        return InputError(
-            f"{self._name} is being run by {holder}\nWait for it or stop it, or give this run another name with --name."
-        )
+        return InputError(f"{self._name} is being run by {holder}\nWait for it or stop it.")
 
     def _alive(self, holder: Holder) -> Holder | None:
         """Who holds the lease; None if nobody does any more."""

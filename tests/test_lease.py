@@ -82,7 +82,10 @@ def test_an_interrupt_while_it_is_taken_leaves_no_lease(folder: RunFolder, monke
 def test_a_second_process_is_refused_and_told_who_drives(folder: RunFolder) -> None:
     with driver(folder) as process:
         holder = holder_of(folder)
-        with pytest.raises(InputError, match=f"is being run by process {process.pid} on {holder.host} since"):
+        with pytest.raises(
+            InputError,
+            match=f"is being run by process {process.pid} on {holder.host} since .+\nWait for it or stop it.$",
+        ):
             Lease(folder, unexpected).__enter__()
         assert holder_of(folder).token == holder.token
 
