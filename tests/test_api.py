@@ -133,7 +133,9 @@ def test_an_export_gives_the_networks_own_logits(run: clnp_search.Run, tmp_path:
     network, raw = run.subnetwork(0), torch.rand(7, 3)
     path = tmp_path / f"task{suffix}"
     path.write_bytes(network.to_bytes(suffix.lower()))
-    torch.testing.assert_close(clnp_search.load_export(path)(raw), network(raw))
+    exported = clnp_search.load_export(path)
+    torch.testing.assert_close(exported(raw), network(raw))
+    assert exported(raw[:0]).shape == network(raw[:0]).shape == (0, 2)
 
 
 def test_an_export_that_holds_no_program_is_refused(tmp_path: Path) -> None:

@@ -72,12 +72,12 @@ class Subnetwork(nn.Module):
 
     def inputs(self, raw: Tensor) -> Tensor:
         """What the network sees of raw samples."""
-        # `len(raw)` would fix the batch in exports.
-        channels = raw.reshape(raw.shape[0], len(self.mean), -1).to(torch.float32)
+        # No dimension is told from the number of values, of which an empty batch has none.
+        channels = raw.flatten(1).unflatten(1, (len(self.mean), -1)).to(torch.float32)
         values = ((channels - self.mean) / self.std).flatten(1)
         if self.permutation is not None:
             values = values.index_select(1, self.permutation)
-        return values.reshape(-1, *self.info.transform.shape)
+        return values.unflatten(1, self.info.transform.shape)
 
     @property
     def digest(self) -> str:

@@ -273,6 +273,7 @@ def test_exports_agree_with_the_subnetwork_on_raw_images(op: Op) -> None:
     torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=1e-4, atol=1e-4)
     loaded = torch.export.load(io.BytesIO(program)).module()
     torch.testing.assert_close(loaded(raw), expected, rtol=1e-5, atol=1e-5)
+    assert loaded(raw[:0]).shape == (0, expected.shape[1])
 
 
 @pytest.mark.parametrize("network", NETWORKS)
