@@ -293,9 +293,18 @@ def submit(
     if not follow:
         print_json(asdict(job)) if as_json else out.print(f"submitted as {job.submission_id} to {job.address}")
         return
-    status = job.follow(logs.relay)
+    try:
+        status = job.follow(logs.relay)
+    except KeyboardInterrupt:
+        raise Interrupted(
+            f"{job.submission_id} goes on; the same command follows it, and stops it with --stop"
+        ) from None
     if as_json:
         print_json(asdict(job) | {"status": status})
+    if status == "STOPPED":
+        raise Interrupted(
+            f"{job.submission_id} was stopped; every finished point is kept. Go on with: the same command"
+        )
     if status != "SUCCEEDED":
         raise typer.Exit(FAILED)
 

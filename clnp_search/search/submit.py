@@ -17,14 +17,14 @@ from packaging.requirements import InvalidRequirement, Requirement
 from clnp_search.config import ModuleConfig, Sweep
 from clnp_search.errors import InputError, MachineFault
 from clnp_search.search.cluster import TOKEN
-from clnp_search.search.retries import pause, tried
+from clnp_search.search.retries import cause_of, pause, tried
 from clnp_search.storage import require_name
 from clnp_search.tasks import SCENARIOS, kind_of
 
 logger = logging.getLogger(__name__)
 POLL_S = 1.0
 MAX_MODULES_BYTES = 16 << 20
-SEND_ATTEMPTS = 6
+ATTEMPTS = 6
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,15 @@ class Job:
         return self.follow(lambda log: None)
 
     def follow(self, show: Callable[[str], None]) -> str:
-        """Shows the job's log until it ends; gives its last status: SUCCEEDED, FAILED or STOPPED."""
+        """Shows the job's log until it ends; gives its last status: SUCCEEDED, FAILED or STOPPED.
+
+        Raises:
+            MachineFault: The job server does not answer any more.
+        """
         client = _client(self.address)
         shown = 0
         while True:
-            status = client.get_job_status(self.submission_id)
-            log = client.get_job_logs(self.submission_id)
+            status, log = self._ask(client)
             show(log[shown:])
             shown = len(log)
             if status.is_terminal():
@@ -65,6 +68,23 @@ class Job:
                     logger.error("the job has not begun: %s", client.get_job_info(self.submission_id).message)
                 return str(status.value)
             time.sleep(POLL_S)
+
+    def _ask(self, client: Any) -> tuple[Any, str]:
+        """The job's status, and its log so far; asked again where the server, or the way to it, is away for a while."""
+        failures = 0
+        while True:
+            try:
+                return client.get_job_status(self.submission_id), client.get_job_logs(self.submission_id)
+            except (OSError, RuntimeError) as error:
+                failures += 1
+                fault = f"{self.address}: the job server does not answer: {cause_of(error)}"
+                if failures == ATTEMPTS:
+                    raise MachineFault(
+                        f"{fault}{tried(failures)}\n{self.submission_id} goes on as long as its cluster does; "
+                        "the same command follows it"
+                    ) from error
+                logger.warning("%s; trying again", fault)
+                pause(failures)
 
 
 def job_of(sweep: Sweep, name: str, address: str) -> Job:
@@ -102,7 +122,7 @@ def submit_run(sweep: Sweep, name: str, address: str, environment: dict[str, str
         if packages:
             required = [_ship_package(package, Path(folder)) for package in packages]
             runtime_env["uv"] = {"packages": required, "uv_pip_install_options": []}  # by default without uv's cache
-        for failures in range(1, SEND_ATTEMPTS + 1):
+        for failures in range(1, ATTEMPTS + 1):
             try:
                 # Each time, for another client may have sent it meanwhile.
                 known = {details.submission_id: details.status for details in client.list_jobs()}
@@ -117,7 +137,7 @@ def submit_run(sweep: Sweep, name: str, address: str, environment: dict[str, str
                 )
                 break
             except RuntimeError as error:  # a server that is up answers before its agents, which start jobs, are
-                if failures == SEND_ATTEMPTS:
+                if failures == ATTEMPTS:
                     raise MachineFault(f"{address}: the job is not taken: {error}{tried(failures)}") from error
                 pause(failures)
     return job

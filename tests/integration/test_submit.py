@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import signal
+import socket
+import subprocess
 import tempfile
 import time
 import urllib.request
@@ -15,9 +18,11 @@ from typing import Any
 
 import pytest
 from command_line import Cli
-from servers import RayNodes, free_port
+from servers import HEAD, RayNodes, free_port
 
 from clnp_search.config import load_sweep
+from clnp_search.errors import MachineFault
+from clnp_search.search import retries
 from clnp_search.search.submit import Job, submit_run
 
 JobSubmissionClient = pytest.importorskip("ray.job_submission").JobSubmissionClient
@@ -68,6 +73,76 @@ def test_a_run_that_another_client_sends_meanwhile_is_one_job(
     job = submit_run(sweep, "twice", job_server, {})
     job.stop()
     assert others == [job]
+
+
+def test_following_a_job_ends_with_status_3_where_the_job_goes_on_and_where_it_is_stopped(
+    cli: Cli, job_server: str
+) -> None:
+    arguments = ["submit", "sweep.yaml", "--address", job_server, "--name", "followed", "--tracking-uri", "none"]
+    arguments += ["--set", "training.epochs=20000"]
+    interrupted = followed(cli, arguments)
+    interrupted.send_signal(signal.SIGINT)
+    said = interrupted.communicate(timeout=60)[1]
+    assert interrupted.returncode == 3, said
+    assert "goes on; the same command follows it" in said
+    stopped = followed(cli, arguments)
+    cli(*arguments, "--stop")
+    said = stopped.communicate(timeout=60)[1]
+    assert stopped.returncode == 3, said
+    assert "was stopped; every finished point is kept" in said
+
+
+def followed(cli: Cli, arguments: list[str]) -> subprocess.Popen[str]:
+    """A command that has begun to show a job's log."""
+    process = cli.start(*arguments)
+    assert process.stderr is not None
+    while "tasks of permuted_digits" not in process.stderr.readline():
+        assert process.poll() is None
+    return process
+
+
+@pytest.fixture
+def job(job_server: str) -> Job:
+    """One that says a word and ends."""
+    return Job(job_server, JobSubmissionClient(job_server).submit_job(entrypoint="echo done"))
+
+
+def test_a_job_is_followed_over_requests_that_fail(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    failing(monkeypatch, times=2)
+    said = list[str]()
+    assert job.follow(said.append) == "SUCCEEDED"
+    assert "done\n" in "".join(said)
+
+
+def test_a_job_that_cannot_be_followed_any_more_is_said_to_go_on(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    failing(monkeypatch, times=100)
+    with pytest.raises(MachineFault, match=r"does not answer: ConnectionError: .+\n.+ goes on .+ the same command"):
+        job.follow(lambda log: None)
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+    """Has so many requests for a job's log go where nothing answers."""
+    get_job_logs, left = JobSubmissionClient.get_job_logs, iter(range(times))
+
+    def get(client: Any, submission_id: str) -> str:
+        address = client._address
+        client._address = client._address if next(left, None) is None else f"http://127.0.0.1:{free_port()}"
+        try:
+            return str(get_job_logs(client, submission_id))
+        finally:
+            client._address = address
+
+    monkeypatch.setattr(JobSubmissionClient, "get_job_logs", get)
+    monkeypatch.setattr(retries, "PAUSE_S", 0.0)
+
+
+def test_a_command_that_is_interrupted_says_so_and_ends_with_status_3(cli: Cli) -> None:
+    with socket.create_server((HEAD, 0)) as silent:
+        process = cli.start("submit", "sweep.yaml", "--address", f"http://{HEAD}:{silent.getsockname()[1]}")
+        with silent.accept()[0]:
+            process.send_signal(signal.SIGINT)
+            assert process.communicate(timeout=60) == ("", "interrupted\n")
+    assert process.returncode == 3
 
 
 OWN = """
