@@ -58,10 +58,12 @@ def test_a_cluster_that_wants_another_token_is_refused_with_what_to_set(
 
 
 def test_a_process_handles_sigterm_as_it_did_before_it_had_a_cluster() -> None:
-    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    def handle(number: int, frame: object) -> None: ...
+
+    before = signal.signal(signal.SIGTERM, handle)
     try:
         with connect("local", ResourcesConfig()):
-            assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) is handle
     finally:
         signal.signal(signal.SIGTERM, before)
 
