@@ -99,7 +99,7 @@ def _faults(index: int, task: OwnTask, first: OwnTask) -> Iterator[str]:
             yield f"{where}: {name} is {array.dtype}; allowed: uint8, raw values 0 to 255"
         if not 2 <= array.ndim <= 4 or 0 in array.shape[1:]:
             yield f"{where}: {name} has shape {array.shape}; allowed: [N, C, H, W], [N, H, W] or [N, values]"
-        elif array.ndim == 4 and array.shape[3] in (1, 3, 4) and min(array.shape[1:3]) > array.shape[3]:
+        elif array.ndim == 4 and _has_channels_last(*array.shape[1:]):
             yield f"{where}: {name} has shape {array.shape}, as [N, H, W, C] would; images are [N, C, H, W]"
         elif array.shape[1:] != shape:
             yield f"{where}: {name} has samples of shape {array.shape[1:]}, task 0 trains on {shape}"
@@ -112,3 +112,8 @@ def _faults(index: int, task: OwnTask, first: OwnTask) -> Iterator[str]:
     classes, most = task.num_classes, arrays["train_labels"].size
     if isinstance(classes, bool) or not isinstance(classes, int | np.integer) or not 1 <= classes <= most:
         yield f"{where}: num_classes is {classes!r:.80}; allowed: 1 to {most}, the number of training samples"
+
+
+def _has_channels_last(height: int, width: int, channels: int) -> bool:
+    """Whether a sample's shape is that of an image whose channels come last; few signals are as wide as long."""
+    return min(height, width) > channels and (channels == 3 or (channels in (1, 4) and height == width))
