@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 
-# From a user's name to the last `@`, since a password may hold any character; a port and a path are none.
-PASSWORD = re.compile(r"(://[^/?#@:\[\s]*:)(?!\d+[/?#]).+@")
+# From a user's name to the last `@`, since a password may hold any character; a port is none. Or as a setting.
+PASSWORD = re.compile(
+    r"""(://[^/?#:\[\s]*:)(?!\d+(?:[/?#&\s'"]|$))\S+(@)|([?&](?:password|passwd|pwd)=)[^&#\s]+()""", re.IGNORECASE
+)
 
 
 def require_no_password(uri: str) -> str:
@@ -24,4 +26,4 @@ def require_no_password(uri: str) -> str:
 
 def masked(text: str) -> str:
     """A text to show, without the passwords of the URIs in it."""
-    return PASSWORD.sub(r"\1***@", text)
+    return PASSWORD.sub(r"\1\3***\2", text)

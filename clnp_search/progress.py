@@ -64,7 +64,8 @@ class Progress:
     @property
     def has_no_model(self) -> bool:
         """Whether every point of the next task has failed."""
-        return 0 < self.points == sum(each.task == self.task for each in self.failed_points)
+        failed = [each for each in self.failed_points if each.task == self.task and "-round" not in each.point]
+        return 0 < self.points == len(failed)
 
 
 def progress_of(folder: RunFolder) -> Progress:

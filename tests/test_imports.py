@@ -78,7 +78,7 @@ def test_the_method_needs_torch_numpy_and_safetensors_alone(path: Path) -> None:
     assert imported_parts(path) <= {"clnp", "records", "errors"}
 
 
-@pytest.mark.parametrize("name", ["records", "errors"])
+@pytest.mark.parametrize("name", ["records", "errors", "passwords"])
 def test_the_lowest_level_needs_the_standard_library_alone(name: str) -> None:
     assert {name.split(".")[0] for name in imports(PACKAGE / f"{name}.py")} <= sys.stdlib_module_names
 

@@ -299,7 +299,7 @@ def _clamp(call: Call) -> Step:
         return call.node(Activation("relu"), call.read())
     if not all(each is None or isinstance(each, int | float) for each in (low, high)):
         raise NoNode(f"{call.label} between {low} and {high}; allowed: numbers")
-    largest = torch.finfo(torch.float32).max
+    largest = torch.finfo(torch.bfloat16).max  # infinity is no JSON; float32 goes hardly further
     bounds = ("min_val", -largest if low is None else low), ("max_val", largest if high is None else high)
     return call.node(Activation("hardtanh", bounds), call.read())
 
@@ -409,13 +409,14 @@ def _reshape(call: Call) -> Step:
 
 @_traces("mean amax")
 def _over_positions(call: Call) -> Step:
-    """Over all positions of a map, also of one that is seen with one dimension of positions; or over its columns."""
+    """Over all positions of a map, also of one that is seen with one dimension of positions; or over one of both."""
     dim, keep = call.settings(dim=None, keepdim=False)
     value, largest = call.value(), plain_name(call.label) == "amax"
     old, seen = value.step.shape, value.shape
     dims = {each % len(seen) for each in (range(len(seen)) if dim is None else [dim] if isinstance(dim, int) else dim)}
-    if seen == old and dims == {3}:
-        return replace(call, shape=(*old[:3], 1)).node(AdaptivePool((old[2], 1), largest), value)
+    if seen == old and dims in ({2}, {3}):
+        left = (1, old[3]) if dims == {2} else (old[2], 1)
+        return replace(call, shape=(*old[:2], *left)).node(AdaptivePool(left, largest), value)
     over_positions = len(old) == 4 and old[:2] == seen[:2] and _size(old) == _size(seen)
     if not over_positions or dims != set(range(2, len(seen))) or (keep and len(seen) != 4):
         raise NoNode(

@@ -178,9 +178,12 @@ def trace(module: nn.Module, input_shape: tuple[int, ...]) -> Traced:
 
 def _held_in_evaluation(module: nn.Module) -> list[str]:
     """The normalisations and dropouts that a network's own `train` does not switch on."""
+    kinds = nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd
+    before = {parameter: parameter.requires_grad for parameter in module.parameters()}
     with _evaluating(module):
-        module.train()
-        kinds = nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd
+        module.train(True)
+        for parameter, wanted in before.items():
+            parameter.requires_grad_(wanted)
         return [name for name, each in module.named_modules() if isinstance(each, kinds) and not each.training]
 
 
@@ -218,6 +221,8 @@ class _Sized(fx.Proxy):
 
     def numel(self) -> int:
         return self._example.numel()
+
+    ndimension, nelement = dim, numel
 
     def __len__(self) -> int:
         return len(self._example)
@@ -385,8 +390,9 @@ class _Walk(fx.Interpreter):
         value = Value(step if self._steps.get(step.name) is step else self._append(step), shape)
         self._values[node] = value
         if read and call.in_place:  # who reads the input from now on, by whatever name, reads this
-            changed = self.env[read[0]]
-            self._values |= {each: value for each in self._values if self.env.get(each) is changed}
+            changed, before = self.env[read[0]], self._values[read[0]].step
+            same = [each for each, own in self._values.items() if own.step is before and self.env.get(each) is changed]
+            self._values |= dict.fromkeys(same, value)
 
     def _step(self, node: fx.Node, call: Call) -> Step:
         """The step of a call.

@@ -32,8 +32,7 @@ def parse_yaml(text: str, source: str) -> Any:
     try:
         return YAML(typ="safe", pure=True).load(text)
     except Exception as error:  # of a text that is no YAML, the parser raises many kinds
-        shown = error if masked(text) == text else "where is not shown, for there is a password in it"
-        raise InputError(f"{source}: not a YAML file: {shown}") from error
+        raise InputError(f"{source}: not a YAML file: {masked(str(error))}") from error
 
 
 def quoted(value: Any) -> Any:

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ class Job:
             InputError: There is no such job.
         """
         client = _client(self.address)
-        if self.submission_id not in {details.submission_id for details in client.list_jobs()}:
+        if not self._is_known(client):
             raise InputError(f"{self.address}: no job {self.submission_id}: this sweep was not sent there by this name")
         client.stop_job(self.submission_id)
         return self.follow(lambda log: None)
@@ -62,12 +63,15 @@ class Job:
         while True:
             status, log = self._ask(client)
             show(log[shown:])
-            shown = len(log)
+            shown = max(shown, len(log))
             if status.is_terminal():
                 if status.value == "FAILED" and not log:  # it has not come to a log of its own
                     logger.error("the job has not begun: %s", client.get_job_info(self.submission_id).message)
                 return str(status.value)
             time.sleep(POLL_S)
+
+    def _is_known(self, client: Any) -> bool:
+        return any(details.submission_id == self.submission_id for details in client.list_jobs())
 
     def _ask(self, client: Any) -> tuple[Any, str]:
         """The job's status, and its log so far; asked again where the server, or the way to it, is away for a while."""
@@ -76,6 +80,10 @@ class Job:
             try:
                 return client.get_job_status(self.submission_id), client.get_job_logs(self.submission_id)
             except (OSError, RuntimeError) as error:
+                with suppress(OSError, RuntimeError):
+                    if not self._is_known(client):
+                        again = "is not there any more; the same command sends it again"
+                        raise MachineFault(f"{self.address}: {self.submission_id} {again}") from error
                 failures += 1
                 fault = f"{self.address}: the job server does not answer: {cause_of(error)}"
                 if failures == ATTEMPTS:

@@ -197,7 +197,9 @@ def _deep_mode(image: Image) -> str:
     """The mode of an image of more than 8 bits a value, else nothing; where Pillow would cut them, that in the file."""
     modes = [image.mode]
     for tile in getattr(image, "tile", ()):  # of an image that is not decoded yet
-        modes.append(str(tile.args[0] if isinstance(tile.args, tuple) else tile.args))
+        arguments = tile.args if isinstance(tile.args, tuple) else (tile.args,)
+        is_deep_ppm = tile.codec_name.startswith("ppm") and arguments[-1] > 255  # their largest value
+        modes.append(f"{arguments[0]}{';16B' if is_deep_ppm else ''}")
     return next((mode for mode in modes if mode in DEEP_MODES or mode.endswith(DEEP_RAW_MODES)), "")
 
 

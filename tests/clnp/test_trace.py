@@ -166,6 +166,9 @@ FORWARDS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "difference": lambda net, x: net.layer(x) - x,
     "difference in place": lambda net, x: net.layer(x).sub_(x),
     "mean of rows, then of columns": lambda net, x: x * x.mean(3).mean(2)[:, :, None, None],
+    "mean of columns, then of rows": lambda net, x: (
+        x * x.mean(2, keepdim=True).mean(3, keepdim=True) + x.mean(2).mean(2)[..., None, None]
+    ),
     "gate of the largest": lambda net, x: x * torch.sigmoid(net.linear(x.amax((2, 3))))[:, :, None, None],
     "largest of a view": lambda net, x: x * x.flatten(2).amax(-1)[:, :, None, None],
     "clamp on one side": lambda net, x: x.clamp(max=0.3).clamp_min(-0.2),
@@ -179,7 +182,8 @@ FORWARDS: dict[str, Callable[[Any, Tensor], Tensor]] = {
 
 
 def looks_at_sizes(x: Tensor) -> Tensor:
-    assert x.ndim == x.dim() == 4
+    assert x.ndim == x.dim() == x.ndimension() == 4
+    assert x.nelement() == x.numel() > len(x)
     batch, channels, *rest = x.shape
     positions = 1
     for size in x.size()[2:]:
@@ -202,6 +206,12 @@ def test_a_layer_with_a_forward_of_its_own_is_that_layer() -> None:
     assert graph.groups == {"first": 4, "conv": 4}
     place, why = reason(around(lambda net, x: net.conv(net.conv(x)), conv=Padded(4, 4, 2)))
     assert (place, "is called twice" in why) == ("conv", True)
+
+
+def test_a_clamp_on_one_side_is_computed_in_every_precision() -> None:
+    _, high, low, *_ = trace(around(lambda net, x: x.clamp(max=0.5).clamp_min(-0.5)), MAPS).graph.nodes
+    value = torch.tensor([-1e30, 0.25, 1e30], dtype=torch.bfloat16)
+    assert low.op.plain([high.op.plain([value], {})], {}).tolist() == [-0.5, 0.25, 0.5]
 
 
 def test_flat_values_are_traced_too() -> None:
@@ -318,6 +328,11 @@ def test_numpys_names_of_arguments_are_known() -> None:
 
 
 # Refused
+
+
+def test_a_change_in_place_behind_a_dropout_that_evaluation_leaves_out_is_refused() -> None:
+    dropped = around(lambda net, x: (lambda other: F.relu(other, inplace=True) + x)(net.drop(x)), drop=nn.Dropout())
+    assert "computes something else" in reason(dropped)[1]
 
 
 @pytest.mark.parametrize("hidden", ["", "other", "head"])

@@ -78,7 +78,8 @@ def test_seeds_run_side_by_side_and_each_ends_as_it_does_alone(cli: Cli, finishe
 
 
 def test_seeds_end_with_the_command_that_runs_them_whichever_signal_ends_it(cli: Cli) -> None:
-    process = cli.start("run", "sweep.yaml", "--name", "ended", "--set", "repetitions=2", "--tracking-uri", "none")
+    long = ["--set", "repetitions=2", "--set", "training.epochs=100000"]
+    process = cli.start("run", "sweep.yaml", "--name", "ended", *long, "--tracking-uri", "none")
     leases = [cli.folder / "runs" / f"ended-s{seed}" / "lease.json" for seed in range(2)]
     assert wait_until(lambda: all(lease.exists() for lease in leases), process)
     seeds = [pid for pid, command in descendants(process.pid).items() if " run " in command]

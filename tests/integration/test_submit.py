@@ -139,6 +139,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
 def test_a_command_that_is_interrupted_says_so_and_ends_with_status_3(cli: Cli) -> None:
     with socket.create_server((HEAD, 0)) as silent:
         process = cli.start("submit", "sweep.yaml", "--address", f"http://{HEAD}:{silent.getsockname()[1]}")
+        silent.settimeout(60)
         with silent.accept()[0]:
             process.send_signal(signal.SIGINT)
             assert process.communicate(timeout=60) == ("", "interrupted\n")

@@ -289,6 +289,12 @@ def test_more_than_eight_bits_a_value_are_refused_in_colour_too(
     assert faults(tmp_path) == [wanted]
 
 
+def test_a_ppm_of_more_than_eight_bits_a_value_is_refused(tmp_path: Path) -> None:
+    write_folders(tmp_path)
+    (tmp_path / "train/a/0.png").write_bytes(b"P6 6 4 65535\n" + bytes(6 * 4 * 3 * 2))
+    assert faults(tmp_path) == ["train/a/0.png: its mode is RGB;16B; images of more than 8 bits a value are not read"]
+
+
 @pytest.mark.parametrize("limit", [23, 11])  # beyond Pillow's limit, and beyond twice of it
 def test_a_decompression_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
     write_folders(tmp_path, each=1)
