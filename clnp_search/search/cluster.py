@@ -285,7 +285,10 @@ def connect(address: str, resources: ResourcesConfig, num_points: int = 0) -> It
     if address == "local" and resources.cpu > (os.cpu_count() or 1):
         raise InputError(f"resources.cpu: {resources.cpu} is more than this machine has; at most {os.cpu_count()}")
     with _interruptible():
-        _start() if address == "local" else _join(address)
+        if address == "local":
+            _start()
+        else:
+            _join(address)
     try:
         with _interruptible():
             cluster = Cluster(resources)
