@@ -56,7 +56,7 @@ class Job:
         """Shows the job's log until it ends; gives its last status: SUCCEEDED, FAILED or STOPPED.
 
         Raises:
-            MachineFault: The job server does not answer any more.
+            MachineFault: The job server does not answer any more, or has no such job.
         """
         client = _client(self.address)
         shown = 0
