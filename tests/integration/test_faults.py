@@ -45,7 +45,7 @@ def folder() -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def digest(cli: Cli) -> str:
     """The state's, after an undisturbed run."""
-    return str(cli.json("run", "sweep.yaml", "--name", "long", *LONG, *UNTRACKED)["state_digest"])
+    return str(cli.json("run", "sweep.yaml", "--name", "calm", *LONG, *UNTRACKED)["state_digest"])
 
 
 @pytest.fixture
