@@ -289,25 +289,26 @@ def test_a_tracking_server_that_is_away_for_a_while(
     assert_all_in_mlflow(run.folder, server.uri, tmp_path)
 
 
-def on_another_machine(cli: Cli, *arguments: str) -> subprocess.Popen[str]:
-    """A command as on another machine, as far as processes can tell, whose clock is an hour ahead."""
+@pytest.fixture
+def elsewhere() -> tuple[str, ...]:
+    """What starts a command as on another machine, as far as processes can tell, whose clock is an hour ahead."""
     for program in ("unshare", "faketime"):
         if shutil.which(program) is None:
             pytest.skip(f"{program} is not installed")
-    return cli.start(*arguments, before=("unshare", "--pid", "--fork", "--mount-proc", "faketime", "-f", "+1h"))
+    return ("unshare", "--pid", "--fork", "--mount-proc", "faketime", "-f", "+1h")
 
 
-def test_two_drivers_on_two_machines_whose_clocks_differ(cli: Cli, digest: str) -> None:
+def test_two_drivers_on_two_machines_whose_clocks_differ(cli: Cli, digest: str, elsewhere: tuple[str, ...]) -> None:
     run = Watched(str(cli.folder / "runs" / "two"))
     first = cli.start("run", "sweep.yaml", "--name", "two", *LONG, *UNTRACKED, "--set", "search.max_failures=0")
     assert wait_until(lambda: run.has(1), first)
-    status, errors = ended(on_another_machine(cli, "resume", "two", *UNTRACKED))
+    status, errors = ended(cli.start("resume", "two", *UNTRACKED, before=elsewhere))
     assert status == 2, errors
     assert "is being run by" in errors
     for pid in [first.pid, *descendants(first.pid)]:
         os.kill(pid, signal.SIGSTOP)
     run.look()
-    status, errors = ended(on_another_machine(cli, "resume", "two", *UNTRACKED))
+    status, errors = ended(cli.start("resume", "two", *UNTRACKED, before=elsewhere))
     assert status == 0, errors
     run.assert_undisturbed(digest)
     for pid in [*descendants(first.pid), first.pid]:
@@ -326,7 +327,7 @@ def test_fifty_random_kills(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     tasks = ("--set", "scenario.tasks=20", "--set", "name=kills")
-    expected = cli.json("run", "sweep.yaml", "--name", "calm", *LONG, *tasks, *UNTRACKED)["state_digest"]
+    expected = cli.json("run", "sweep.yaml", "--name", "calm-kills", *LONG, *tasks, *UNTRACKED)["state_digest"]
     run = Watched(join_uri(store.storage, "kills"), 20)
     server.start()
     seed = random.randrange(1 << 32)
