@@ -17,6 +17,7 @@ from clnp_search.errors import Damaged, InputError
 from clnp_search.forecast import Budget
 from clnp_search.records import PointRecord, ScanRecord, Selection, TaskPlan, Units
 from clnp_search.search.points import point_key, retrained, round_plan
+from clnp_search.selection import Spent, Step
 from clnp_search.storage import RunFolder
 from clnp_search.tasks import Task
 
@@ -76,12 +77,14 @@ class Chosen:
         records: All its points, as the search has trained them.
         scans: Of the candidates; after fine-tuning, what they have come to.
         kept: The record of the chosen point, after its last fine-tune round if there is one.
+        is_pruned: Whether that model is committed as it is, since nothing is pruned after the last round.
     """
 
     records: list[PointRecord]
     scans: list[ScanRecord]
     choice: Selection
     kept: PointRecord
+    is_pruned: bool = False
 
     @property
     def scan(self) -> ScanRecord:
@@ -89,9 +92,35 @@ class Chosen:
         return next(scan for scan in self.scans if scan.point == self.choice.chosen)
 
     def theta(self, groups: Iterable[str]) -> dict[str, float]:
-        """For each group, above which activity its units are committed; a retrained model is, as it is."""
+        """For each group, above which activity its units are committed."""
         assert self.scan.theta is not None, "chosen points have a theta"
-        return dict.fromkeys(groups, KEEP_ALL) if self.kept.round else dict(zip(groups, self.scan.theta, strict=True))
+        return dict.fromkeys(groups, KEEP_ALL) if self.is_pruned else dict(zip(groups, self.scan.theta, strict=True))
+
+
+def chosen_from(steps: Sequence[Step], spent: Spent, rules: ForgettingConfig) -> Chosen:
+    """What a task chooses after its fine-tune rounds: of the last one after which a candidate is inside the margin.
+
+    Retraining may lose a sample or two, which can be all that a small validation split allows; a model that was inside
+    before it is not given up for that.
+
+    Args:
+        steps: Before the rounds, and after each that there was.
+    """
+    number = max((number for number, step in enumerate(steps) if step.passing), default=0)
+    reasons = spent.reasons
+    if number < len(steps) - 1:
+        since = f"after fine-tune round {number}" if number else "before fine-tuning"
+        reasons += (f"After fine-tune round {number + 1} no candidate is inside: the choice is among those {since}.",)
+    records, step = steps[0].records, steps[number]
+    choice = selection.choose(records, step.scans, spent.margin, rules.sparsity, reasons)
+    kept = next(record for record in step.records if record.point.index == choice.chosen)
+    return Chosen(records, step.scans, choice, kept, is_pruned=0 < number == rules.finetune_rounds)
+
+
+def chosen_by_mean(records: list[PointRecord]) -> Chosen:
+    """What a baseline's task chooses."""
+    choice = selection.best_mean(records)
+    return Chosen(records, [], choice, next(record for record in records if record.point.index == choice.chosen))
 
 
 def recorded_choice(folder: RunFolder, plan: TaskPlan, rules: ForgettingConfig) -> Chosen:
@@ -100,24 +129,23 @@ def recorded_choice(folder: RunFolder, plan: TaskPlan, rules: ForgettingConfig) 
     Raises:
         Damaged: A record or a scan is missing or is of something else, or `selection.json` says another choice.
     """
-    records = last = _recorded(folder, plan)
+    records = _recorded(folder, plan)
     results = folder.read_results()
     budget = Budget(tuple(results[plan.task].units), results[: plan.task], plan.num_tasks)
     find = partial(_recorded_scans, folder, plan, rule=rules.rule)
     spent = selection.spend(records, rules.margins, rules.sparsity, budget, find)
-    scans = spent.scans
-    for number in range(1, rules.finetune_rounds + 1):
-        passing = tuple(scan.point for scan in scans if scan.theta is not None)
-        plan = round_plan(plan, scans, rules, (passing,))
-        last = _recorded(folder, plan)
-        if number < rules.finetune_rounds:
-            done = [record for record in last if record.status == "done"]
+    steps = [Step(records, spent.scans)]
+    while steps[-1].passing and plan.round < rules.finetune_rounds:
+        scans = steps[-1].scans
+        plan = round_plan(plan, scans, rules, (steps[-1].passing,))
+        records = _recorded(folder, plan)
+        if plan.round < rules.finetune_rounds:
+            done = [record for record in records if record.status == "done"]
             scans = _recorded_scans(folder, plan, done, spent.limit, rules.rule)
         else:
-            before = {scan.point: scan for scan in scans}
-            scans = [retrained(before[record.point.index], record) for record in last]
-    choice = selection.choose(records, scans, spent.margin, rules.sparsity, spent.reasons)
-    return _chosen(folder, plan.task, records, scans, choice, last)
+            scans = retrained(scans, records)
+        steps.append(Step(records, scans))
+    return _as_recorded(folder, plan.task, chosen_from(steps, spent, rules))
 
 
 def recorded_best(folder: RunFolder, plan: TaskPlan) -> Chosen:
@@ -126,27 +154,15 @@ def recorded_best(folder: RunFolder, plan: TaskPlan) -> Chosen:
     Raises:
         Damaged: As `recorded_choice`.
     """
-    records = _recorded(folder, plan)
-    return _chosen(folder, plan.task, records, [], selection.best_mean(records), records)
+    return _as_recorded(folder, plan.task, chosen_by_mean(_recorded(folder, plan)))
 
 
-def _chosen(
-    folder: RunFolder,
-    task: int,
-    records: list[PointRecord],
-    scans: list[ScanRecord],
-    choice: Selection,
-    last: Sequence[PointRecord],
-) -> Chosen:
-    """A choice that follows from records, if it is the one that was written down.
-
-    Args:
-        last: Of the points as they were trained last.
-    """
+def _as_recorded(folder: RunFolder, task: int, chosen: Chosen) -> Chosen:
+    """A choice that follows from records, if it is the one that was written down."""
     if folder.read_selection(task) is None:
         raise Damaged(f"{folder.uri}: task {task}: selection.json is missing")
-    check_selection(folder, task, choice)
-    return Chosen(records, scans, choice, next(record for record in last if record.point.index == choice.chosen))
+    check_selection(folder, task, chosen.choice)
+    return chosen
 
 
 def _recorded(folder: RunFolder, plan: TaskPlan) -> list[PointRecord]:

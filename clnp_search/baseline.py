@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from clnp_search import selection
-from clnp_search.agreement import check_selection
+from clnp_search.agreement import check_selection, chosen_by_mean
 from clnp_search.clnp.initial import draw, overlaid
 from clnp_search.clnp.state import State
 from clnp_search.clnp.subnetwork import Subnetwork
 from clnp_search.listener import Listener
 from clnp_search.records import Point, PointRecord, Selected, TaskResult
 from clnp_search.search.trial import validate
+from clnp_search.selection import Step
 from clnp_search.sequence import Runner, TaskSequence, num_correct
 from clnp_search.storage import RunFolder
 
@@ -43,13 +43,13 @@ class BaselineRunner(Runner):
         plan = self._plan(index, state)
         inputs = self._cluster.share((plan, state, sequence.drawn(index)))
         records = yield from self._train(plan, inputs)
-        choice = selection.best_mean(records)
+        chosen = chosen_by_mean(records)
+        choice, kept = chosen.choice, chosen.kept
         check_selection(folder, index, choice)
-        kept = next(record for record in records if record.point.index == choice.chosen)
         after = baseline.after(state, sequence.data(index).info, folder.read_trained(index, kept))
         check_validation(sequence, after, kept)
         folder.write_selection(index, choice)
-        self._write_tables(index, records, [[]], choice, tuple(state.graph.groups))
+        self._write_tables(index, chosen, [Step(records, [])], tuple(state.graph.groups))
         networks, digest = networks_after(sequence, folder, after), Subnetwork(after, index).digest
         ahead = accuracies_ahead(sequence, state, index)
         chosen_point = selected(kept.point, kept)

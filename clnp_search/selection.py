@@ -69,6 +69,24 @@ def best_mean(records: Sequence[PointRecord]) -> Selection:
 
 
 @dataclass(frozen=True)
+class Step:
+    """What a task's candidates have come to before its fine-tune rounds, or after one of them.
+
+    Args:
+        records: Of the models; before the rounds, of all points.
+        scans: One for each candidate.
+    """
+
+    records: list[PointRecord]
+    scans: list[ScanRecord]
+
+    @property
+    def passing(self) -> tuple[int, ...]:
+        """The points inside the margin."""
+        return tuple(scan.point for scan in self.scans if scan.theta is not None)
+
+
+@dataclass(frozen=True)
 class Spent:
     """The margin that a task spends.
 
@@ -153,8 +171,7 @@ def choose(
     best = max(record.val_accuracy for record in inside)
     if not passing:
         raise NoModel(
-            f"no candidate keeps {limit} of {inside[0].val_total} validation samples right "
-            f"{'after its fine-tune rounds' if any(scan.round for scan in scans) else 'at theta = 0'}; "
+            f"no candidate keeps {limit} of {inside[0].val_total} validation samples right at theta = 0; "
             "a larger forgetting.margin would admit one, with which `clnp-search fork` goes on after the task before"
         )
     measure = SPARSITY[sparsity]

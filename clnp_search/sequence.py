@@ -24,6 +24,7 @@ from clnp_search.agreement import (
     check_plan,
     check_selection,
     check_sweep,
+    chosen_from,
     recorded_best,
     recorded_choice,
 )
@@ -67,6 +68,7 @@ from clnp_search.search.points import (
 )
 from clnp_search.search.proposals import agree, as_points, first_points
 from clnp_search.search.trial import RunInputs
+from clnp_search.selection import Step
 from clnp_search.storage import RunFolder
 from clnp_search.tasks import Split, Task, TaskData
 
@@ -380,28 +382,27 @@ class Runner:
         rules, groups = sweep.forgetting, tuple(state.graph.groups)
         budget = Budget(groups, before, plan.num_tasks)
         spent = selection.spend(records, rules.margins, rules.sparsity, budget, partial(self._scan, plan, inputs))
-        rounds = [spent.scans]
-        last = records
-        for number in range(1, rules.finetune_rounds + 1):
-            plan = self._round(plan, rounds[-1], state)
+        steps = [Step(records, spent.scans)]
+        while steps[-1].passing and plan.round < rules.finetune_rounds:
+            scans = steps[-1].scans
+            plan = self._round(plan, steps[-1], state)
             inputs = self._cluster.share((plan, state, None))
-            last = yield from self._train(plan, inputs)
-            if number < rules.finetune_rounds:
-                done = [record for record in last if record.status == "done"]
-                rounds.append(self._scan(plan, inputs, done, spent.limit))
+            records = yield from self._train(plan, inputs)
+            if plan.round < rules.finetune_rounds:
+                done = [record for record in records if record.status == "done"]
+                scans = self._scan(plan, inputs, done, spent.limit)
             else:
-                pruned = {scan.point: scan for scan in rounds[-1]}
-                rounds.append([retrained(pruned[record.point.index], record) for record in last])
-        choice = selection.choose(records, rounds[-1], spent.margin, rules.sparsity, spent.reasons)
+                scans = retrained(scans, records)
+            steps.append(Step(records, scans))
+        chosen = chosen_from(steps, spent, rules)
+        choice, kept = chosen.choice, chosen.kept
         check_selection(folder, index, choice)
-        kept = next(record for record in last if record.point.index == choice.chosen)
-        chosen = Chosen(records, rounds[-1], choice, kept)
         data = self._sequence.data(index)
         after = commit(state, data.info, folder.read_trained(index, kept), chosen.theta(groups))
         subnetwork = Subnetwork(after, index)
         check_commit(count_units(after), num_correct(subnetwork, data.validation), chosen.scan)
         folder.write_selection(index, choice)
-        self._write_tables(index, records, rounds, choice, groups)
+        self._write_tables(index, chosen, steps, groups)
         chosen_point = selected(kept.point, chosen.scan)
         result = self._commit(plan, choice, chosen_point, subnetworks(after), subnetwork.digest, after, started)
         return result, after
@@ -544,15 +545,11 @@ class Runner:
             outcomes.append(Outcome(record.val_accuracy, sparsity, (limit - correct) / record.val_total))
         return outcomes
 
-    def _round(self, plan: TaskPlan, scans: Sequence[ScanRecord], state: State) -> TaskPlan:
+    def _round(self, plan: TaskPlan, step: Step, state: State) -> TaskPlan:
         """The next fine-tune round: what it trains follows from what is recorded, and so does it on a resume."""
-        passing = [plan.points[scan.point] for scan in scans if scan.theta is not None]
-        if not passing:
-            raise NoModel(
-                f"task {plan.task}: no candidate stays inside the margin; a larger forgetting.margin would admit one"
-            )
+        passing = [plan.points[point] for point in step.passing]
         packs = self._packs(passing, plan.task, state.architecture, active_units(state))
-        plan = round_plan(plan, scans, self._sweep.forgetting, packs)
+        plan = round_plan(plan, step.scans, self._sweep.forgetting, packs)
         self._take_over(plan)
         return plan
 
@@ -631,21 +628,15 @@ class Runner:
                 listener.scanned(len(scans), len(inside))
         return sorted(scans, key=lambda scan: scan.point)
 
-    def _write_tables(
-        self,
-        task: int,
-        records: Sequence[PointRecord],
-        rounds: Sequence[Sequence[ScanRecord]],
-        choice: Selection,
-        layers: Sequence[str],
-    ) -> None:
-        """Writes what the choice can be redone from; `rounds` are the scans before and after each fine-tune round."""
-        passing = {scan.point: scan for scan in rounds[-1] if scan.theta is not None}
-        steps = {
+    def _write_tables(self, task: int, chosen: Chosen, steps: Sequence[Step], layers: Sequence[str]) -> None:
+        """Writes what the choice can be redone from; `steps` are before the fine-tune rounds, and after each."""
+        records, choice = chosen.records, chosen.choice
+        passing = {scan.point: scan for scan in chosen.scans if scan.theta is not None}
+        rounds = {
             record.point.index: [
                 {"theta": scan.theta, "val_accuracy": scan.val_accuracy}
-                for scans in rounds
-                for scan in scans
+                for step in steps
+                for scan in step.scans
                 if scan.point == record.point.index
             ]
             for record in records
@@ -665,14 +656,14 @@ class Runner:
                     "unit_sparsity": scan.unit_sparsity if scan else "",
                     "selected": record.point.index == choice.chosen,
                     "status": record.status,
-                    **({"rounds": json.dumps(steps[record.point.index])} if len(rounds) > 1 else {}),
+                    **({"rounds": json.dumps(rounds[record.point.index])} if len(steps) > 1 else {}),
                 }
             )
         self._folder.write_table(task, "points", rows)
-        front = [asdict(model) | {"theta": json.dumps(model.theta)} for model in pareto_front(rounds[0])]
+        front = [asdict(model) | {"theta": json.dumps(model.theta)} for model in pareto_front(steps[0].scans)]
         if front:  # of a baseline there is none
             self._folder.write_table(task, "pareto", front)
-        for scan in rounds[0]:
+        for scan in steps[0].scans:
             name = next(record.point.name for record in records if record.point.index == scan.point)
             self._folder.write_curve(task, name, scan.curve, layers)
             for layer, curve in enumerate(scan.layer_curves):

@@ -314,6 +314,35 @@ def test_a_kill_while_failed_points_are_forgotten_leaves_a_run_that_goes_on(
     assert run_in_process(sweep, folder).state_digest == undisturbed
 
 
+@pytest.mark.parametrize(("failed", "since"), [(1, "before fine-tuning"), (2, "after fine-tune round 1")])
+def test_where_a_round_leaves_no_candidate_the_choice_is_among_those_before_it(
+    tmp_path: Path, failed: int, since: str
+) -> None:
+    rounds = {"margin": "10%", "finetune_rounds": 2, "finetune_epochs": 1}
+    sweep = make(scenario={"tasks": 1}, forgetting=rounds)
+    folder = run_folder(str(tmp_path), "run")
+    run_in_process(sweep, folder)
+    uncommit(folder)
+    folder.delete_selection(0)
+    for record in folder.read_points(0):
+        if record.round >= failed:
+            folder.delete_point(0, record)
+        if record.round == failed:
+            folder.write_point(0, replace(record, status="failed", val_correct=0, reason="no luck"), None)
+    [task] = run_in_process(sweep, folder).tasks
+    choice = folder.read_selection(0)
+    assert choice is not None
+    assert (
+        choice.reasons[0]
+        == f"After fine-tune round {failed} no candidate is inside: the choice is among those {since}."
+    )
+    scan = folder.read_scan(0, choice.chosen, "global", choice.min_correct, failed - 1)
+    assert scan is not None
+    assert (task.selected.theta, task.selected.val_accuracy) == (scan.theta, scan.val_accuracy)
+    assert tuple(units.active for units in task.units.values()) == scan.active
+    assert all(check.passed for check in verify(folder))
+
+
 # A commit against its scan
 
 UNITS = {"hidden0": Units(4, 2, 2, 2), "hidden1": Units(4, 3, 3, 1)}

@@ -75,22 +75,29 @@ def round_plan(
     return replace(plan, round=plan.round + 1, cuts=cuts, keys=tuple(keys), packs=packs)
 
 
-def retrained(scan: ScanRecord, record: PointRecord) -> ScanRecord:
-    """What a point has come to after its last fine-tune round.
+def retrained(scans: Sequence[ScanRecord], records: Sequence[PointRecord]) -> list[ScanRecord]:
+    """What points have come to after their last fine-tune round.
 
     Args:
-        scan: By which it was pruned before that round.
-        record: Of the round's end.
+        scans: By which they were pruned before that round.
+        records: Of the round's end.
     """
-    inside = record.status == "done" and record.val_correct >= scan.min_correct
-    return replace(
-        scan,
-        theta=scan.theta if inside else None,
-        val_correct=record.val_correct,
-        round=record.round,
-        key=record.key,
-        parameters_sha256=record.parameters_sha256,
-    )
+    before = {scan.point: scan for scan in scans}
+    after = []
+    for record in records:
+        scan = before[record.point.index]
+        inside = record.status == "done" and record.val_correct >= scan.min_correct
+        after.append(
+            replace(
+                scan,
+                theta=scan.theta if inside else None,
+                val_correct=record.val_correct,
+                round=record.round,
+                key=record.key,
+                parameters_sha256=record.parameters_sha256,
+            )
+        )
+    return after
 
 
 def pack_name(keys: Sequence[str]) -> str:
