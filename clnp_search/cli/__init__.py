@@ -11,13 +11,14 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from enum import StrEnum
 from functools import partial
 from importlib import metadata
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
 
 import typer
 from typer.exceptions import TyperException
@@ -51,6 +52,7 @@ from clnp_search.errors import Damaged, InputError, Interrupted, MachineFault, N
 if TYPE_CHECKING:
     from clnp_search.config import Sweep
     from clnp_search.records import Summary
+    from clnp_search.search.cluster import Cluster
     from clnp_search.sequence import TaskSequence
     from clnp_search.storage import RunFolder
 
@@ -372,7 +374,7 @@ def drive(sweep: Sweep, folder: RunFolder, address: str, retry_failed: bool = Fa
     from clnp_search.cli.view import LiveView
     from clnp_search.config import sweep_of
     from clnp_search.lease import Lease
-    from clnp_search.search.cluster import connect
+    from clnp_search.search.idle import NoCluster
     from clnp_search.tracking.probe import fault_of, missing_packages
 
     if fault := fault_of(sweep.tracking.uri):
@@ -385,16 +387,16 @@ def drive(sweep: Sweep, folder: RunFolder, address: str, retry_failed: bool = Fa
     publisher = Publisher(folder, sweep)
     lease = Lease(folder, _interrupt_main)
     view = logs.EventLog if logs.is_json() else partial(LiveView, err)
-    shown = view(sweep, folder.name, folder.read_results(), publisher.state)
+    results = folder.read_results()
+    shown = view(sweep, folder.name, results, publisher.state)
+    finished = begun and not retry_failed and len(results) == sweep.scenario.tasks and sweep == sweep_of(folder)
     try:
         # Importing torch, Tune and the data set's library takes about as long as Ray's start: they go side by side.
         with ExitStack() as held, shown:
             if begun:
                 held.enter_context(lease)
-            loading = ThreadPoolExecutor(1).submit(_load, sweep)  # not waited for where it is not needed any more
-            with connect(address, sweep.resources, sweep.num_points) as cluster:
-                if address != "local":
-                    cluster.require_nodes(folder)
+            loading = ThreadPoolExecutor(1).submit(_load, sweep, finished)  # not waited for where nothing needs it
+            with nullcontext(cast("Cluster", NoCluster())) if finished else _joined(address, sweep, folder) as cluster:
                 sequence = loading.result()
                 from clnp_search.baseline import runner_of
 
@@ -441,11 +443,23 @@ def _again(folder: RunFolder, by_resume: bool) -> str:
     return f"clnp-search resume {as_typed(folder)}" if by_resume else "the same command"
 
 
-def _load(sweep: Sweep) -> TaskSequence:
-    import clnp_search.search.tuning  # noqa: F401
+def _load(sweep: Sweep, finished: bool) -> TaskSequence:
+    if not finished:
+        import clnp_search.search.tuning  # noqa: F401
     from clnp_search.sequence import TaskSequence
 
     return TaskSequence(sweep)
+
+
+@contextmanager
+def _joined(address: str, sweep: Sweep, folder: RunFolder) -> Iterator[Cluster]:
+    """A cluster of which every node can take part in a run."""
+    from clnp_search.search.cluster import connect
+
+    with connect(address, sweep.resources, sweep.num_points) as cluster:
+        if address != "local":
+            cluster.require_nodes(folder)
+        yield cluster
 
 
 def _report(summary: Summary, folder: RunFolder, sweep: Sweep) -> None:

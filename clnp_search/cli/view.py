@@ -51,7 +51,7 @@ class LiveView(Listener):
         self._samples: Sequence[int] = ()  # that each task trains on
         # Of the last task, what a point took.
         self._pace = (results[-1].index, results[-1].seconds / results[-1].points) if results else None
-        self._stage = "starting Ray"
+        self._stage = "nothing is left to train" if len(results) == sweep.scenario.tasks else "starting Ray"
         self._plan: TaskPlan | None = None
         self._records: dict[int, PointRecord] = {}  # of this task, by point, as far as they are known here
         self._progress = PackProgress({})

@@ -185,6 +185,8 @@ class State:
         reads, those that this reads.
         """
         graph, units = self.graph, self.active(task)
+        if self.architecture.head != "single":
+            return units
         readers = [node for node in graph.nodes if isinstance(node.op, Reader)]
         elsewhere = {group for node in readers if node.name != graph.head for group in graph.source(node).groups}
         visible = self.visible(task)

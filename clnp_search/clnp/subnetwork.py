@@ -56,7 +56,7 @@ class Subnetwork(nn.Module):
             tensors = state.parameters(node.name, task)
             if tensors:
                 cut = chosen(self.graph, node, tensors, self.units, self.units)
-                if is_head:
+                if is_head and state.architecture.head == "single":
                     cut["weight"] = cut["weight"] * self._seen(state, task)[:, None]
                 self._layers[node.name] = _place(self.network, node.name, cut)
         self.eval()
@@ -138,7 +138,7 @@ class Subnetwork(nn.Module):
         return sum(self.graph.flop(units, self.info.num_classes).values())
 
     def _seen(self, state: State, task: int) -> Tensor:
-        """Which of its columns the head reads [columns]: with a single head, not what other tasks grew."""
+        """Which of its columns a single head reads [columns]: not what other tasks grew."""
         visible = state.visible(task)
         groups = self.graph.source(self.graph.by_name[self.graph.head]).groups
         return torch.cat([torch.isin(self.units[group], visible[group]) for group in groups])

@@ -144,7 +144,9 @@ def test_verify_passes_and_finds_one_flipped_bit(cli: Cli, finished: Path) -> No
 def test_a_finished_run_trains_nothing_again(cli: Cli, finished: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished.glob("tasks/*/points/*")}
     assert len(before) == 24
-    cli("run", "sweep.yaml", "--name", "undisturbed")
+    answer = cli("run", "sweep.yaml", "--name", "undisturbed", "--address", "127.0.0.1:1")  # where no cluster is
+    assert "undisturbed: complete" in answer.stdout
+    assert "nothing is left to train" in answer.stderr
     assert {path: path.stat().st_mtime_ns for path in finished.glob("tasks/*/points/*")} == before
 
 
