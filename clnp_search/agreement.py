@@ -50,7 +50,12 @@ def check_plan(folder: RunFolder, plan: TaskPlan, sweep: Sweep, parent: str, dat
     _check_settings(folder, plan, sweep)
     check_data(folder, plan, data)
     if plan.parent_digest != parent:
-        raise InputError(f"{where} was planned on another state than the one before it; a file of this run was changed")
+        raise InputError(
+            f"{where} was planned on another state than the one before it; a file of this run was changed"
+            if plan.task
+            else f"{folder.uri}: the run was begun with another network than its sweep gives now: the module, or a "
+            "library that it is made of, has changed"
+        )
     keys = tuple(point_key(parent, task, data, sweep, point, plan.numerics) for point in plan.points)
     if plan.keys != keys:
         raise InputError(f"{where}: the keys of its points are not those of its settings; its plan was changed")
@@ -78,6 +83,7 @@ class Chosen:
         scans: Of the candidates; after fine-tuning, what they have come to.
         kept: The record of the chosen point, after its last fine-tune round if there is one.
         is_pruned: Whether that model is committed as it is, since nothing is pruned after the last round.
+        reasons: For what was chosen from, in sentences.
     """
 
     records: list[PointRecord]
@@ -85,6 +91,7 @@ class Chosen:
     choice: Selection
     kept: PointRecord
     is_pruned: bool = False
+    reasons: tuple[str, ...] = ()
 
     @property
     def scan(self) -> ScanRecord:
@@ -110,11 +117,13 @@ def chosen_from(steps: Sequence[Step], spent: Spent, rules: ForgettingConfig) ->
     reasons = spent.reasons
     if number < len(steps) - 1:
         since = f"after fine-tune round {number}" if number else "before fine-tuning"
-        reasons += (f"After fine-tune round {number + 1} no candidate is inside: the choice is among those {since}.",)
+        failed = all(record.status == "failed" for record in steps[-1].records)
+        why = "every model failed in" if failed else "no candidate is inside after"
+        reasons += (f"The choice is among those {since}: {why} round {number + 1}.",)
     records, step = steps[0].records, steps[number]
     choice = selection.choose(records, step.scans, spent.margin, rules.sparsity, reasons)
     kept = next(record for record in step.records if record.point.index == choice.chosen)
-    return Chosen(records, step.scans, choice, kept, is_pruned=0 < number == rules.finetune_rounds)
+    return Chosen(records, step.scans, choice, kept, 0 < number == rules.finetune_rounds, reasons)
 
 
 def chosen_by_mean(records: list[PointRecord]) -> Chosen:
@@ -137,7 +146,7 @@ def recorded_choice(folder: RunFolder, plan: TaskPlan, rules: ForgettingConfig) 
     steps = [Step(records, spent.scans)]
     while steps[-1].passing and plan.round < rules.finetune_rounds:
         scans = steps[-1].scans
-        plan = round_plan(plan, scans, rules, (steps[-1].passing,))
+        plan = round_plan(plan, scans, rules)
         records = _recorded(folder, plan)
         if plan.round < rules.finetune_rounds:
             done = [record for record in records if record.status == "done"]

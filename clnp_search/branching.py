@@ -81,7 +81,7 @@ def reselect(
                 f"{folder.uri}: task {task} was fine-tuned: with another margin or threshold rule it would have been "
                 "trained otherwise; only --sparsity can be chosen again, of a fixed margin; else use `clnp-search fork`"
             )
-        choice = selection.choose(made.records, made.scans, made.choice.margin, rules.sparsity)
+        choice = selection.choose(made.records, made.scans, made.choice.margin, rules.sparsity, made.reasons)
         return Reselected(made.records, made.scans, choice, made.choice, 0)
     evaluated = 0
 

@@ -67,7 +67,11 @@ def _is_from(name: str, places: Sequence[str]) -> bool:
     """Whether a module that was imported is what these folders have under its name."""
     whole = name.partition(".")[0]
     spec = PathFinder.find_spec(whole, places) if whole in sys.modules else None
-    return spec is not None and spec.origin is not None and spec.origin == getattr(sys.modules[whole], "__file__", None)
+    if spec is None:
+        return False
+    if spec.origin is None:  # a folder without __init__.py
+        return [*(spec.submodule_search_locations or ())] == [*getattr(sys.modules[whole], "__path__", ())]
+    return spec.origin == getattr(sys.modules[whole], "__file__", None)
 
 
 def _written(name: str) -> int:

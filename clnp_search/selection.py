@@ -22,7 +22,7 @@ def min_correct(best_correct: int, total: int, margin: float) -> int:
 
     Counted in samples, so that a model at exactly best - margin is inside, whatever floating point makes of it.
     """
-    return best_correct - math.floor(margin * total + 1e-9)
+    return max(0, best_correct - math.floor(margin * total + 1e-9))
 
 
 def candidates(records: Sequence[PointRecord], margin: float) -> tuple[int, list[PointRecord]]:

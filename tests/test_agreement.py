@@ -13,6 +13,8 @@ from in_process import SWEEP, InProcess, make, run_in_process
 
 from clnp_search import sequence
 from clnp_search.agreement import check_commit, check_sweep
+from clnp_search.branching import reselect
+from clnp_search.clnp.state import State
 from clnp_search.config import Sweep
 from clnp_search.errors import Damaged, InputError
 from clnp_search.records import ScanRecord, Units
@@ -332,15 +334,23 @@ def test_where_a_round_leaves_no_candidate_the_choice_is_among_those_before_it(
     [task] = run_in_process(sweep, folder).tasks
     choice = folder.read_selection(0)
     assert choice is not None
-    assert (
-        choice.reasons[0]
-        == f"After fine-tune round {failed} no candidate is inside: the choice is among those {since}."
-    )
+    assert choice.reasons[0] == f"The choice is among those {since}: every model failed in round {failed}."
+    rules = sweep.forgetting.model_copy(update={"sparsity": "weights"})
+    assert reselect(folder, sweep, 0, rules).choice.reasons[0] == choice.reasons[0]
     scan = folder.read_scan(0, choice.chosen, "global", choice.min_correct, failed - 1)
     assert scan is not None
     assert (task.selected.theta, task.selected.val_accuracy) == (scan.theta, scan.val_accuracy)
     assert tuple(units.active for units in task.units.values()) == scan.active
     assert all(check.passed for check in verify(folder))
+
+
+def test_another_network_than_the_run_began_with_is_said_to_be_that(cut_short: RunFolder) -> None:
+    class Changed(TaskSequence):
+        def empty_state(self) -> State:
+            return replace(super().empty_state(), parent="of another module")
+
+    with pytest.raises(InputError, match="begun with another network than its sweep gives now"):
+        Runner(Changed(SWEEP), cut_short, InProcess()).run()  # type: ignore[arg-type]
 
 
 # A commit against its scan

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -137,6 +138,7 @@ def test_scenarios_of_images_hold_out_a_share_by_default(
             "scenario.arguments: class_folders has no such setting; allowed: cl",
         ),
         ("name: class_folders, classes: [[a], [b, c, b, 1, 1]]", "scenario.classes[1]: 1, b more than once"),
+        ("name: class_folders, classes: [[a], [true]]", "scenario.classes[1][0]: True: write this name in quotes"),
         ("name: class_folders, classes: [[a], []]", "scenario.classes[1]: []: "),
         ("name: class_folders, classes: [[a], [b]], tasks: 3", "scenario.tasks: 3; scenario.classes has 2 lists"),
         ("name: class_folders, size: [4]", "scenario.size"),
@@ -190,7 +192,7 @@ def test_settings_that_only_one_sweep_has_are_a_difference() -> None:
 
 @pytest.mark.parametrize(
     ("value", "expected"),
-    [("0.05%", 0.0005), (" 0.05 % ", 0.0005), (0.0005, 0.0005), ("60%", 0.6), (0, 0.0), ("0%", 0.0), (0.49, 0.49)],
+    [("0.05%", 0.0005), (" 0.05 % ", 0.0005), (0.0005, 0.0005), ("49%", 0.49), (0, 0.0), ("0%", 0.0), (0.49, 0.49)],
 )
 def test_a_margin_is_a_percentage_or_a_fraction(value: Any, expected: float) -> None:
     assert margin_of(value) == pytest.approx(expected, rel=1e-12)
@@ -204,7 +206,7 @@ def test_a_bare_number_that_looks_like_percentage_points_is_refused_with_the_rea
     assert f"write '{value}%' if you mean percentage points" in str(caught.value)
 
 
-@pytest.mark.parametrize("value", ["-1%", "100%", "150%", "nan%", "five%", "%", -0.1, "much", None, True, [0.1]])
+@pytest.mark.parametrize("value", ["-1%", "50%", "100%", "150%", "nan%", "five%", "%", -0.1, "much", None, True, [0.1]])
 def test_a_margin_that_means_nothing_is_refused(value: Any) -> None:
     with pytest.raises(InputError, match=r"forgetting\.margin: "):
         margin_of(value)
@@ -646,6 +648,9 @@ def test_plain_data_give_the_same_sweep_as_a_file(tmp_path: Path) -> None:
 
 NAMES = "network: {hidden: [4, 4]}"
 OWN = """
+import random
+
+import numpy
 import torch
 
 
@@ -653,6 +658,8 @@ class Small(torch.nn.Module):
     def __init__(self, channels, bias=True):
         super().__init__()
         self.conv = torch.nn.Conv2d(1, channels, 3)
+        with torch.no_grad():
+            self.conv.bias.fill_(numpy.random.rand() + random.random())
         self.head = torch.nn.Linear(channels * 36, 10, bias=bias)
 
     def forward(self, x):
@@ -745,16 +752,18 @@ def test_a_modules_head_has_no_bias_where_the_sweep_says_so(tmp_path: Path) -> N
     assert list(graph.shapes(graph.by_name["head"])) == list(drawn["head"]) == ["weight"]
 
 
-def test_a_module_draws_the_same_under_the_same_seed_and_leaves_torchs_own(tmp_path: Path) -> None:
+def test_a_module_draws_the_same_under_the_same_seed_and_leaves_other_draws_alone(tmp_path: Path) -> None:
     sweep = with_network(tmp_path, "{module: 'own:Small', arguments: {channels: 3}}")
-    before = torch.get_rng_state()
+    before, pythons = torch.get_rng_state(), random.getstate()
     first, again, other = (sweep.draw((1, 8, 8), seed) for seed in (1, 1, 2))
     assert first is not None
     assert again is not None
     assert other is not None
-    assert torch.equal(first["conv"]["weight"], again["conv"]["weight"])
-    assert not torch.equal(first["conv"]["weight"], other["conv"]["weight"])
+    for name in ("weight", "bias"):
+        assert torch.equal(first["conv"][name], again["conv"][name])
+        assert not torch.equal(first["conv"][name], other["conv"][name])
     assert torch.equal(torch.get_rng_state(), before)
+    assert random.getstate() == pythons
     assert make_sweep().draw((64,), 1) is None
 
 

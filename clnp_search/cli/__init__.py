@@ -386,10 +386,12 @@ def drive(sweep: Sweep, folder: RunFolder, address: str, retry_failed: bool = Fa
     begun = folder.exists("sweep.yaml")
     publisher = Publisher(folder, sweep)
     lease = Lease(folder, _interrupt_main)
-    view = logs.EventLog if logs.is_json() else partial(LiveView, err)
-    results = folder.read_results()
+    results, summary = folder.read_results(), folder.read_summary()
+    depleted = summary is not None and summary.status == "depleted" and len(summary.tasks) == len(results)
+    ended = depleted or len(results) == sweep.scenario.tasks
+    finished = begun and ended and sweep.scenario == sweep_of(folder).scenario
+    view = logs.EventLog if logs.is_json() else partial(LiveView, err, finished=finished)
     shown = view(sweep, folder.name, results, publisher.state)
-    finished = begun and not retry_failed and len(results) == sweep.scenario.tasks and sweep == sweep_of(folder)
     try:
         # Importing torch, Tune and the data set's library takes about as long as Ray's start: they go side by side.
         with ExitStack() as held, shown:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,12 +50,17 @@ def located(sweep: Sweep, storage: str | None, tracking_uri: str | None) -> Swee
     require_place("--tracking-uri", tracking_uri)
     return sweep.model_copy(
         update={
-            "scenario": sweep.scenario.model_copy(update={"root": str(Path(sweep.scenario.root).absolute())}),
-            "modules": tuple(str(Path(folder).absolute()) for folder in sweep.modules),
-            "storage": storage if "://" in storage else str(Path(storage).absolute()),
+            "scenario": sweep.scenario.model_copy(update={"root": _absolute(sweep.scenario.root)}),
+            "modules": tuple(map(_absolute, sweep.modules)),
+            "storage": storage if "://" in storage else _absolute(storage),
             "tracking": sweep.tracking.model_copy(update={"uri": absolute_sqlite(tracking_uri)}),
         }
     )
+
+
+def _absolute(path: str) -> str:
+    """A path that means the same from another folder; `~` is the user's own, as in a shell."""
+    return str(Path(os.path.expanduser(path)).absolute())
 
 
 def require_place(option: str, uri: str) -> None:
@@ -75,7 +81,7 @@ def absolute_sqlite(uri: str) -> str:
     """The tracking URI with the path of a local database made absolute."""
     prefix = "sqlite:///"
     path = uri.removeprefix(prefix)
-    return f"{prefix}{Path(path).absolute()}" if uri.startswith(prefix) and not path.startswith("/") else uri
+    return f"{prefix}{_absolute(path)}" if uri.startswith(prefix) and not path.startswith("/") else uri
 
 
 def run_of(sweep: Sweep, name: str | None) -> tuple[Sweep, RunFolder]:

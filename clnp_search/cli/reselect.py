@@ -56,7 +56,7 @@ def reselect(
                 "alpha": record.point.alpha,
                 "learning_rate": record.point.learning_rate,
                 "val_accuracy": record.val_accuracy if record.status == "done" else None,
-                "in_margin": scan is not None,
+                "in_margin": record.point.index in found.choice.candidates,
                 "theta": scan.theta if scan else None,
                 "pruned_val_accuracy": scan.val_accuracy if scan and passes else None,
                 "unit_sparsity": scan.unit_sparsity if scan and passes else None,

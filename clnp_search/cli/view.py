@@ -34,6 +34,7 @@ class LiveView(Listener):
         name: The run's.
         results: Tasks that are committed as the run starts.
         tracking: Says how MLflow is doing; nothing if there is nothing to say.
+        finished: Whether nothing is left to train.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class LiveView(Listener):
         name: str,
         results: Sequence[TaskResult],
         tracking: Callable[[], str] = lambda: "",
+        finished: bool = False,
     ) -> None:
         self._console, self._sweep, self._name, self._tracking = console, sweep, name, tracking
         self._grows = sweep.method == "clnp"  # a baseline uses all units at once, and has nothing to say of them
@@ -51,7 +53,7 @@ class LiveView(Listener):
         self._samples: Sequence[int] = ()  # that each task trains on
         # Of the last task, what a point took.
         self._pace = (results[-1].index, results[-1].seconds / results[-1].points) if results else None
-        self._stage = "nothing is left to train" if len(results) == sweep.scenario.tasks else "starting Ray"
+        self._stage = "nothing is left to train" if finished else "starting Ray"
         self._plan: TaskPlan | None = None
         self._records: dict[int, PointRecord] = {}  # of this task, by point, as far as they are known here
         self._progress = PackProgress({})

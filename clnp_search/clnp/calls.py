@@ -190,6 +190,7 @@ REASONS = {
             "moves values between channels, positions or samples, where units cannot be followed"
         ),
         "chunk split tensorsplit unbind narrow indexselect": "takes channels apart, where units cannot be followed",
+        "max min": "is of two tensors, or gives positions too; x.amax((2, 3)) gives the largest value of each map",
     }.items()
     for name in names.split()
 }
@@ -393,10 +394,8 @@ def _reshape(call: Call) -> Step:
     value, new = call.value(), call.shape
     step, old = value.step, value.step.shape
     index = call.args[1] if plain_name(call.label) == "getitem" else ()
-    in_order = all(
-        each is None or isinstance(each, int | slice | type(...))
-        for each in (index if isinstance(index, tuple) else (index,))
-    )
+    index = index if isinstance(index, tuple) else (index,)
+    in_order = all(each is None or isinstance(each, int | slice | type(...)) for each in index)
     if in_order and _size(new) == _size(old):
         if len(old) == 4 and new == (old[0], _size(old[1:])):
             return call.node(Flatten(), value)
@@ -404,7 +403,24 @@ def _reshape(call: Call) -> Step:
             return step
         if len(old) == 2 and new == (*old, 1, 1):
             return call.node(ToMap(), value)
+    if value.shape == old and len(new) == len(old) == 4 and (sides := _cut(index, old)):
+        return call.node(Pad(sides), value)
     raise NoNode(f"{call.label} from {batch_of(value.shape)} to {batch_of(new)}, where units cannot be followed")
+
+
+def _cut(index: tuple[Any, ...], shape: tuple[int, ...]) -> tuple[int, int, int, int] | None:
+    """The sides of a padding that does what an index of maps does, if that cuts edges off and nothing else."""
+    if ... in index:
+        place = index.index(...)
+        index = (*index[:place], *[slice(None)] * (len(shape) + 1 - len(index)), *index[place + 1 :])
+    if not all(isinstance(each, slice) and each.step in (None, 1) for each in index):
+        return None  # single positions, or every second one
+    bounds = [each.indices(size) for each, size in zip(index, shape, strict=False)]
+    bounds += [(0, size, 1) for size in shape[len(bounds) :]]
+    samples, units, (top, bottom, _), (left, right, _) = bounds
+    if samples[:2] != (0, shape[0]) or units[:2] != (0, shape[1]):
+        return None
+    return -left, right - shape[3], -top, bottom - shape[2]
 
 
 @_traces("mean amax")

@@ -461,7 +461,12 @@ class Builder:
         if isinstance(op, Concat):
             groups = tuple(group for node in read for group in self._groups(node))
             if len({(node.positions, node.taps) for node in read}) > 1:
-                raise ValueError("joins values of different shapes")
+                sizes = ", ".join(str(node.taps) for node in read)
+                raise ValueError(
+                    "joins values of different shapes"
+                    if any(node.positions for node in read)
+                    else f"joins flattened maps of {sizes} values a channel; give each a linear layer of its own"
+                )
             return self._append(name, op, inputs, groups)
         if "weight" in op.shapes(1, 1, 1) and not read[0].positions:
             raise ValueError("convolves flat values")

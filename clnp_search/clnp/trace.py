@@ -233,6 +233,10 @@ class _Sized(fx.Proxy):
         )
 
 
+class _NoSubmodule(Exception):  # noqa: N818 - it says what is the case
+    """A module with parameters is called that its caller does not hold."""
+
+
 class _Tracer(fx.Tracer):
     """Follows a forward down to the layers of torch.nn. A module that cannot be followed stays whole, with a reason."""
 
@@ -277,14 +281,20 @@ class _Tracer(fx.Tracer):
         """What a call of a module gives."""
         if self._is_evaluating:
             return forward(*args, **kwargs)
+        if all(m is not each for each in self.root.modules()):  # made in a forward, or kept in a plain list
+            if next(m.parameters(), None) is not None:
+                raise _NoSubmodule(
+                    f"calls a {type(m).__name__} that is no submodule, and so is not trained; nn.ModuleList holds many"
+                )
+            return forward(*args, **kwargs)
         stack = OrderedDict(self.module_stack)
         try:
             return super().call_module(m, forward, args, kwargs)
         except Exception as error:  # a user's forward may raise anything
             self.module_stack = stack
             path = self.path_of_module(m)
-            why = "cannot be followed, as where control flow depends on data"
-            self.failed[path] = f"{why}: {_described(error)}"
+            why = f"cannot be followed, as where control flow depends on data: {_described(error)}"
+            self.failed[path] = str(error) if isinstance(error, _NoSubmodule) else why
             return self.create_proxy("call_module", path, args, kwargs)
 
 
@@ -432,8 +442,9 @@ class _Walk(fx.Interpreter):
             raise NoNode(self._failed[path])
         if parametrize.is_parametrized(module):
             raise NoNode("computes its parameters from others (torch.nn.utils.parametrize)")
-        if module._forward_hooks or module._forward_pre_hooks:
-            raise NoNode("has hooks, which can change what it computes")
+        hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+        if any(hooks) or any(parameter._backward_hooks for parameter in module.parameters()):
+            raise NoNode("has hooks, which can change what it computes, or how it is trained")
         tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         for name, tensor in tensors.items():
             owner = self._owners.get(id(tensor))

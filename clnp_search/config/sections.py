@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -175,6 +177,24 @@ class ZenkeConfig(Section):
         return zenke(input_shape, self.width, head_bias)
 
 
+@contextmanager
+def _drawing(seed: int) -> Iterator[None]:
+    """Inside, torch, numpy and Python draw under a seed; outside, they go on as if nothing had been drawn."""
+    import numpy as np
+    import torch
+
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002 - what others draw from
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed % 2**32)  # noqa: NPY002
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+
+
 class ModuleConfig(Section):
     """A network of your own: an nn.Module that takes batches of samples and gives logits."""
 
@@ -197,8 +217,7 @@ class ModuleConfig(Section):
         import torch
 
         where = f"network.module: {self.module!r}"
-        with imported("network.module", self.module, folders) as make, torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with imported("network.module", self.module, folders) as make, _drawing(seed):
             try:
                 module = make(**self.arguments)
             except Exception as error:  # a user's constructor may raise anything

@@ -42,7 +42,10 @@ def _parse_margin(value: Any) -> Any:
         )
     if isinstance(value, str) and not value.strip().endswith("%"):
         raise ValueError("write a percentage such as 0.05%, or a fraction such as 0.0005")
-    return _parse_share(value)
+    share = _parse_share(value)
+    if isinstance(share, float) and share >= 0.5:  # written down, it would be a bare number
+        raise ValueError("allowed: less than 50%")
+    return share
 
 
 def _check_spent(value: Any) -> Any:
@@ -209,7 +212,15 @@ ScenarioName = Annotated[
     AfterValidator(_check_scenario),
     WithJsonSchema({"anyOf": [{"enum": list(SCENARIOS)}, {"type": "string", "pattern": f"^{IMPORT_PATH}$"}]}),
 ]
-ClassName = Annotated[str, BeforeValidator(str, json_schema_input_type=str | int)]
+
+
+def _class_name(value: Any) -> str:
+    if isinstance(value, str) or type(value) is int:
+        return str(value)
+    raise ValueError("write this name in quotes, without which YAML reads another value")
+
+
+ClassName = Annotated[str, BeforeValidator(_class_name, json_schema_input_type=str | int)]
 ClassNames = Annotated[tuple[ClassName, ...], Field(min_length=1)]
 
 

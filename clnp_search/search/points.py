@@ -57,22 +57,22 @@ def point_key(
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def round_plan(
-    plan: TaskPlan, scans: Sequence[ScanRecord], rules: ForgettingConfig, packs: tuple[tuple[int, ...], ...]
-) -> TaskPlan:
+def round_plan(plan: TaskPlan, scans: Sequence[ScanRecord], rules: ForgettingConfig) -> TaskPlan:
     """The next fine-tune round of a task: the points whose scans have passed, pruned at their thresholds.
+
+    They stay in the packs that they were in, so that no other machine that goes on with the task packs them anew.
 
     Args:
         plan: Of the round before.
         scans: After that round.
-        packs: Of the points that have passed.
     """
     cuts = {scan.point: scan.theta for scan in scans if scan.theta is not None}
     keys = list(plan.keys)
     for point, theta in cuts.items():
         parts = (plan.keys[point], plan.round + 1, theta, rules.finetune_epochs, rules.finetune_l1)
         keys[point] = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-    return replace(plan, round=plan.round + 1, cuts=cuts, keys=tuple(keys), packs=packs)
+    kept = (tuple(point for point in pack if point in cuts) for pack in plan.packs)
+    return replace(plan, round=plan.round + 1, cuts=cuts, keys=tuple(keys), packs=tuple(filter(None, kept)))
 
 
 def retrained(scans: Sequence[ScanRecord], records: Sequence[PointRecord]) -> list[ScanRecord]:

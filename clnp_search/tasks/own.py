@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import numpy as np
@@ -52,7 +53,9 @@ def load_own(
     key = f"scenario.name: {path!r}"
     with imported("scenario.name", path, modules) as function:
         try:
-            given: list[OwnTask] = list(islice(function(**arguments), tasks))
+            found = function(**arguments)
+            keep = _kept if isinstance(found, Iterator) else lambda task: task
+            given: list[OwnTask] = [keep(task) for task in islice(found, tasks)]
         except Exception as error:  # a user's function may raise anything
             raise InputError(f"{key}: calling it raised {described(error)}") from error
     if not given:
@@ -72,6 +75,15 @@ def load_own(
     )
     require((f"task {index}: {fault}" for index, each in enumerate(raw) for fault in label_faults(each)), path)
     return raw, tuple(str(task.name) for task in given)
+
+
+def _kept(task: OwnTask) -> OwnTask:
+    """A task with arrays of its own: a generator may fill the same ones again for the next task."""
+    try:
+        values = {name: getattr(task, name) for name in OwnTask.__annotations__}
+        return SimpleNamespace(**values | {name: np.array(values[name]) for name in ARRAYS})
+    except Exception:  # what it lacks is said of all tasks at once
+        return task
 
 
 def _faults(index: int, task: OwnTask, first: OwnTask) -> Iterator[str]:

@@ -14,6 +14,7 @@ from builders import make_sweep, write_run
 from command_line import Cli
 
 from clnp_search.cli.console import duration
+from clnp_search.cli.options import located
 from clnp_search.lease import this_process
 from clnp_search.progress import costs_of, is_running, progress_of
 from clnp_search.storage import RunFolder
@@ -74,6 +75,21 @@ def test_the_cost_is_what_trials_were_busy_for_and_not_what_was_taken_over(cli: 
     taken = replace(records[0], seconds=100.0, origin="runs/another")
     folder.write_point(0, taken, folder.read_trained(0, records[0]))
     assert costs_of(folder)[0].training_s == pytest.approx(before[0].training_s - records[0].seconds)
+
+
+def test_places_under_the_home_folder_are_the_users_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    sweep = located(
+        make_sweep(scenario={"name": "permuted_digits", "root": "~/data"}, storage="~/runs", modules=["~"]),
+        None,
+        "sqlite:///~/m.db",
+    )
+    assert (sweep.scenario.root, sweep.storage, sweep.modules, sweep.tracking.uri) == (
+        "/home/someone/data",
+        "/home/someone/runs",
+        ("/home/someone",),
+        "sqlite:////home/someone/m.db",
+    )
 
 
 def test_watching_ends_with_the_run(cli: Cli) -> None:

@@ -177,6 +177,9 @@ FORWARDS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "looks at sizes": lambda net, x: looks_at_sizes(x),
     "sizes in numpy": lambda net, x: x.view(len(x), -1, int(np.prod(x.shape[2:]))).view(x.shape),
     "another name before a change in place": lambda net, x: (lambda same: F.relu_(x) + same)(net.same(x)),
+    "edges cut off": lambda net, x: net.layer(x)[:, :, 1:-1, 2:] + x[..., 1:-1, :-2],
+    "rows cut off": lambda net, x: x[:, :, 1:],
+    "layers made on the way": lambda net, x: nn.Sequential(nn.ReLU(), nn.MaxPool2d(2))(x),
     "there and back": lambda net, x: x.flatten(2).reshape(x.shape).contiguous().clone(),
 }
 
@@ -505,6 +508,33 @@ def test_control_flow_is_named_with_its_line() -> None:
     assert "test_trace.py, line" in text
 
 
+def test_layers_that_the_network_does_not_hold_are_refused() -> None:
+    listed = [nn.Conv2d(4, 4, 1)]
+    why = "calls a Conv2d that is no submodule, and so is not trained; nn.ModuleList holds many"
+    assert reason(around(lambda net, x: listed[0](x))) == ("Forward", why)
+
+
+@pytest.mark.parametrize(
+    ("middle", "part"),
+    [
+        (lambda net, x: x * x.flatten(2).max(2)[0][..., None, None], "x.amax((2, 3)) gives"),
+        (lambda net, x: x[:, :, ::2], "units cannot be followed"),
+        (lambda net, x: x[:, 1:], "units cannot be followed"),
+    ],
+)
+def test_a_step_that_loses_track_of_units_is_refused_with_its_reason(middle: Any, part: str) -> None:
+    assert any(part in each.reason for each in reasons(around(middle)))
+
+
+def test_a_pyramid_of_flattened_maps_is_refused_with_their_sizes() -> None:
+    def forward(net: Any, x: Tensor) -> Any:
+        x = net.first(x)
+        return net.head(torch.cat([F.adaptive_avg_pool2d(x, 2).flatten(1), x.mean((2, 3))], 1))
+
+    _, why = reason(Forward(forward, first=nn.Conv2d(3, 4, 3), head=nn.Linear(20, 2)))
+    assert "joins flattened maps of 4, 1 values a channel" in why
+
+
 def test_statistics_that_are_used_twice_are_refused() -> None:
     def forward(net: Any, x: Tensor) -> Any:
         x = net.normal(net.first(x))
@@ -529,7 +559,10 @@ def test_a_parameter_of_two_layers_is_refused() -> None:
 def test_hooks_and_lazy_layers_are_refused() -> None:
     network = around(lambda net, x: net.layer(x), layer=nn.Conv2d(4, 4, 1))
     network.layer.register_forward_hook(lambda module, args, output: output * 2)  # type: ignore[operator, union-attr]
-    assert reason(network) == ("layer", "has hooks, which can change what it computes")
+    assert reason(network) == ("layer", "has hooks, which can change what it computes, or how it is trained")
+    network = around(lambda net, x: net.layer(x), layer=nn.Conv2d(4, 4, 1))
+    network.layer.weight.register_hook(lambda grad: grad / 100)  # type: ignore[operator, union-attr]
+    assert reason(network)[0] == "layer"
     place, text = reason(around(lambda net, x: net.layer(x), layer=nn.LazyConv2d(4, 1)))
     assert (place, "no shape yet" in text) == ("layer", True)
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from builders import GRAPHS, make_network, make_point, make_state, make_sweep
+from builders import GRAPHS, make_network, make_point, make_scan, make_state, make_sweep
 
 from clnp_search.clnp.graph import INPUT, Builder, conv, mlp
 from clnp_search.clnp.initial import draw
@@ -15,7 +15,7 @@ from clnp_search.clnp.ops import Add, Conv, Flatten, Linear
 from clnp_search.clnp.pack import CACHE_BYTES, Pack
 from clnp_search.clnp.state import Architecture
 from clnp_search.clnp.training import TrainingSettings
-from clnp_search.records import Point
+from clnp_search.records import Environment, Point, TaskPlan
 from clnp_search.search.points import (
     NUMERICS,
     TRIAL_FLOP,
@@ -26,6 +26,7 @@ from clnp_search.search.points import (
     pack_name,
     pack_points,
     point_key,
+    round_plan,
     scan_flop,
     training_flop,
 )
@@ -127,6 +128,16 @@ def test_a_pack_is_named_by_its_points() -> None:
 
 
 # Packs
+
+
+def test_a_fine_tune_round_keeps_the_packs_of_the_points_that_have_passed() -> None:
+    points, environment = tuple(map(make_point, range(5))), Environment("cpu", 1, "float32", "2.15", "0.1")
+    plan = TaskPlan(0, "task", "parent", points, tuple("abcde"), ((0, 2), (1, 3), (4,)), environment)
+    scans = [make_scan(index, 9000, theta=(0.5, 0.5) if index in (0, 1, 3) else None) for index in range(5)]
+    first = round_plan(plan, scans, make_sweep().forgetting)
+    assert first.packs == ((0,), (1, 3))
+    assert [point.index for point in first.trained] == [0, 1, 3]
+    assert round_plan(first, scans[1:2], make_sweep().forgetting).packs == ((1,),)
 
 
 @pytest.mark.parametrize("num_points", range(1, 25))

@@ -37,14 +37,15 @@ def load(tmp_path: Path, request: pytest.FixtureRequest) -> Load:
     return loaded
 
 
-def test_a_module_that_was_edited_or_lies_in_another_folder_is_read_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("package", ["", "own_things."])
+def test_a_module_that_was_edited_or_lies_in_another_folder_is_read_again(tmp_path: Path, package: str) -> None:
     def groups_in(folder: str, units: int) -> dict[str, int]:
-        place = tmp_path / folder
-        place.mkdir(exist_ok=True)
+        sweep = tmp_path / folder / "sweep.yaml"
+        place = sweep.parent / package.strip(".")
+        place.mkdir(exist_ok=True, parents=True)
         (place / "unit_counts.py").write_text(f"units = {units}")
-        (place / "own_network.py").write_text(NETWORK)
-        sweep = place / "sweep.yaml"
-        sweep.write_text("scenario: {name: permuted_digits}\nnetwork: {module: 'own_network:make'}")
+        (place / "own_network.py").write_text(NETWORK.format(package=package))
+        sweep.write_text(f"scenario: {{name: permuted_digits}}\nnetwork: {{module: '{package}own_network:make'}}")
         return load_sweep(sweep).graph((64,)).groups
 
     assert [groups_in("one", 4), groups_in("two", 7), groups_in("two", 11), groups_in("one", 4)] == [
@@ -54,7 +55,7 @@ def test_a_module_that_was_edited_or_lies_in_another_folder_is_read_again(tmp_pa
 
 NETWORK = """
 from torch.nn import Linear, Sequential
-from unit_counts import units
+from {package}unit_counts import units
 
 def make():
     return Sequential(Linear(64, units), Linear(units, 2))
@@ -130,6 +131,13 @@ def test_a_module_in_the_current_folder_gives_the_tasks(
     sweep = tmp_path / "sweeps" / "sweep.yaml"
     sweep.write_text("{scenario: {name: 'own_package.data:tasks'}, network: {hidden: [4]}}")
     assert len(load_sweep(sweep).load_scenario()) == 3
+
+
+def test_a_generator_may_fill_the_same_arrays_for_each_task(load: Load) -> None:
+    tasks = "def again():\n    for task in tasks():\n        shared[:] = task.train_inputs\n"
+    source = f"{MODULE}\nshared = np.zeros((20, 3, 4, 6), 'uint8')\n{tasks}        task.train_inputs = shared\n"
+    scenario = load(f"{source}        yield task\n", "again")
+    assert [int(scenario.data(index).train.inputs.max()) // 10 for index in range(3)] == [0, 1, 2]
 
 
 def test_arguments_are_handed_to_the_function(load: Load) -> None:
