@@ -283,9 +283,8 @@ class _Tracer(fx.Tracer):
             return forward(*args, **kwargs)
         if all(m is not each for each in self.root.modules()):  # made in a forward, or kept in a plain list
             if next(m.parameters(), None) is not None:
-                raise _NoSubmodule(
-                    f"calls a {type(m).__name__} that is no submodule, and so is not trained; nn.ModuleList holds many"
-                )
+                what = f"calls a {type(m).__name__} that is no submodule, and so is not trained"
+                raise _NoSubmodule(f"{what}; keep layers in an nn.ModuleList")
             return forward(*args, **kwargs)
         stack = OrderedDict(self.module_stack)
         try:

@@ -510,7 +510,7 @@ def test_control_flow_is_named_with_its_line() -> None:
 
 def test_layers_that_the_network_does_not_hold_are_refused() -> None:
     listed = [nn.Conv2d(4, 4, 1)]
-    why = "calls a Conv2d that is no submodule, and so is not trained; nn.ModuleList holds many"
+    why = "calls a Conv2d that is no submodule, and so is not trained; keep layers in an nn.ModuleList"
     assert reason(around(lambda net, x: listed[0](x))) == ("Forward", why)
 
 
