@@ -80,8 +80,8 @@ class Chosen:
 
     Args:
         records: All its points, as the search has trained them.
-        scans: Of the candidates; after fine-tuning, what they have come to.
-        kept: The record of the chosen point, after its last fine-tune round if there is one.
+        scans: Of the candidates; after fine-tuning, what they came to in the round that is chosen from.
+        kept: The record of the chosen point, after that round if there is one.
         is_pruned: Whether that model is committed as it is, since nothing is pruned after the last round.
         reasons: For what was chosen from, in sentences.
     """

@@ -385,7 +385,7 @@ class Runner:
         steps = [Step(records, spent.scans)]
         while steps[-1].passing and plan.round < rules.finetune_rounds:
             scans = steps[-1].scans
-            plan = self._round(plan, steps[-1])
+            plan = self._round(plan, scans)
             inputs = self._cluster.share((plan, state, None))
             records = yield from self._train(plan, inputs)
             if plan.round < rules.finetune_rounds:
@@ -545,9 +545,9 @@ class Runner:
             outcomes.append(Outcome(record.val_accuracy, sparsity, (limit - correct) / record.val_total))
         return outcomes
 
-    def _round(self, plan: TaskPlan, step: Step) -> TaskPlan:
+    def _round(self, plan: TaskPlan, scans: Sequence[ScanRecord]) -> TaskPlan:
         """The next fine-tune round: what it trains follows from what is recorded, and so does it on a resume."""
-        plan = round_plan(plan, step.scans, self._sweep.forgetting)
+        plan = round_plan(plan, scans, self._sweep.forgetting)
         self._take_over(plan)
         return plan
 
