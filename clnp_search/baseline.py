@@ -12,7 +12,7 @@ import torch
 from clnp_search.agreement import check_selection, chosen_by_mean
 from clnp_search.clnp.initial import draw, overlaid
 from clnp_search.clnp.state import State
-from clnp_search.clnp.subnetwork import Subnetwork
+from clnp_search.clnp.subnetwork import Cut, Subnetwork
 from clnp_search.listener import Listener
 from clnp_search.records import Point, PointRecord, Selected, TaskResult
 from clnp_search.search.trial import validate
@@ -56,12 +56,12 @@ class BaselineRunner(Runner):
         return self._commit(plan, choice, chosen_point, networks, digest, after, started, **ahead), after
 
 
-def networks_after(sequence: TaskSequence, folder: RunFolder, after: State) -> Iterator[Subnetwork]:
+def networks_after(sequence: TaskSequence, folder: RunFolder, after: State) -> Iterator[Cut]:
     """The networks of all tasks so far, by the state after the last of them; or each by its own, if it has one."""
     last, baseline = after.num_tasks - 1, sequence.sweep.baseline
     for task in range(last + 1):
         alone = baseline is not None and baseline.ALONE and task < last
-        yield Subnetwork(folder.read_state(task) if alone else after, task)
+        yield Cut(folder.read_state(task) if alone else after, task)
 
 
 def selected(point: Point, record: PointRecord) -> Selected:

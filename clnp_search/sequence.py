@@ -31,7 +31,7 @@ from clnp_search.agreement import (
 from clnp_search.clnp.rates import matrix_rate
 from clnp_search.clnp.seeds import generator
 from clnp_search.clnp.state import FREE, Architecture, Parameters, State, commit
-from clnp_search.clnp.subnetwork import Subnetwork, subnetworks
+from clnp_search.clnp.subnetwork import Cut, Subnetwork, cuts
 from clnp_search.config import Sweep, sweep_at
 from clnp_search.errors import Damaged, InputError, MachineFault, NoModel
 from clnp_search.forecast import Budget
@@ -404,7 +404,7 @@ class Runner:
         folder.write_selection(index, choice)
         self._write_tables(index, chosen, steps, groups)
         chosen_point = selected(kept.point, chosen.scan)
-        result = self._commit(plan, choice, chosen_point, subnetworks(after), subnetwork.digest, after, started)
+        result = self._commit(plan, choice, chosen_point, cuts(after), subnetwork.digest, after, started)
         return result, after
 
     def _commit(
@@ -412,7 +412,7 @@ class Runner:
         plan: TaskPlan,
         choice: Selection,
         chosen: Selected,
-        networks: Iterable[Subnetwork],
+        networks: Iterable[Cut],
         digest: str,
         after: State,
         started: float,
@@ -750,7 +750,7 @@ def active_units(state: State) -> dict[str, int]:
     return {group: units.active for group, units in count_units(state).items()}
 
 
-def test_accuracies(sequence: TaskSequence, networks: Iterable[Subnetwork]) -> Iterator[float]:
+def test_accuracies(sequence: TaskSequence, networks: Iterable[Cut]) -> Iterator[float]:
     """Test accuracy of each task's network."""
     for task, network in enumerate(networks):
         # Without a split of the training set: this part of a task grows with its index.
@@ -758,6 +758,6 @@ def test_accuracies(sequence: TaskSequence, networks: Iterable[Subnetwork]) -> I
         yield num_correct(network, test) / len(test)
 
 
-def num_correct(network: Subnetwork, split: Split) -> int:
+def num_correct(network: Cut | Subnetwork, split: Split) -> int:
     """How many of a split's samples a subnetwork gets right."""
     return network.num_correct(split.inputs, split.labels)

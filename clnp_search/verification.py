@@ -261,16 +261,17 @@ class _BaselineChecks(_Proof):
         return selected_by_baseline(chosen.kept.point, chosen.kept)
 
     def _subnetworks(self, task: int, state: State) -> None:
-        result, networks = self._results[task], list(networks_after(self._sequence, self._folder, state))
-        if networks[-1].digest != result.digest:
+        result, network = self._results[task], Subnetwork(state, task)
+        if network.digest != result.digest:
             raise ValueError("that of the task is not the one that was committed")
+        networks = networks_after(self._sequence, self._folder, state)
         for earlier, accuracy in enumerate(test_accuracies(self._sequence, networks)):
             if accuracy != result.test_accuracies[earlier]:
                 raise ValueError(
                     f"task {earlier} has test accuracy {accuracy:.6f}, but {result.test_accuracies[earlier]:.6f} "
                     "in result.json"
                 )
-        self._logits[task] = networks[-1](self._sequence.data(task).test.inputs[:NUM_COMPARED])
+        self._logits[task] = network(self._sequence.data(task).test.inputs[:NUM_COMPARED])
 
     def _commit(self, task: int, before: State, state: State, trained: FreeParameters, chosen: Chosen) -> None:
         baseline = self._sequence.sweep.baseline

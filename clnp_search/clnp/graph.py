@@ -389,7 +389,7 @@ def run(
     """
     targets = set(wanted if wanted is not None else [graph.nodes[-1].name])
     needed, kept, values = graph.upstream(targets - values.keys()), targets | set(keep), dict(values)
-    batch = len(next(iter(values.values())))
+    batch = next(iter(values.values())).shape[0]
     for node in graph.nodes:
         if node.name in needed and node.name not in values:
             inputs = [values[name] for name in node.inputs]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 
@@ -15,15 +15,81 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from clnp_search.clnp.graph import INPUT, chosen, compute
+from clnp_search.clnp.graph import INPUT, Graph, chosen, run
 from clnp_search.clnp.pack import evaluation_batch
-from clnp_search.clnp.state import State, tensors_digest
+from clnp_search.clnp.state import Parameters, State, TaskInfo, tensors_digest
 
 EXPORT_SUFFIXES = (".safetensors", ".onnx", ".pt2")
 SMALL_FLOP = 100_000_000  # about a millisecond of one core
 
 
-class Subnetwork(nn.Module):
+class _Classifier:
+    """What is asked of anything that gives logits of raw samples."""
+
+    info: TaskInfo
+    graph: Graph
+    units: dict[str, Tensor]
+
+    def __call__(self, raw: Tensor) -> Tensor:
+        """Logits [N, num_classes] of raw samples [N, *input_shape]."""
+        raise NotImplementedError
+
+    def predictions(self, raw: Tensor) -> Tensor:
+        """Predicted classes [N] int64 of raw samples [N, ...], in batches of one fixed size."""
+        size = evaluation_batch(self.graph, raw.device.type)
+        with torch.inference_mode(), _threads_for(min(size, len(raw)) * self._flop):
+            return torch.cat([self(part).argmax(1) for part in raw.split(size)])
+
+    def num_correct(self, raw: Tensor, labels: Tensor) -> int:
+        """How many of raw samples [N, ...] have their label [N] predicted."""
+        return int((self.predictions(raw) == labels).sum())
+
+    def accuracy(self, raw: Tensor, labels: Tensor) -> float:
+        """The fraction of raw samples [N, ...] whose label [N] is predicted."""
+        return self.num_correct(raw, labels) / len(labels)
+
+    @cached_property
+    def _flop(self) -> int:
+        """Of one sample."""
+        units = {group: len(units) for group, units in self.units.items()}
+        return sum(self.graph.flop(units, self.info.num_classes).values())
+
+
+class Cut(_Classifier):
+    """One task's function as plain tensors, cut out of a state: all that evaluation needs, in half of a module's time.
+
+    Raw samples and logits are a `Subnetwork`'s.
+    """
+
+    def __init__(self, state: State, task: int) -> None:
+        """Takes what belongs to `task` from `state`.
+
+        Raises:
+            IndexError: The state has no such task.
+        """
+        if not 0 <= task < state.num_tasks:
+            raise IndexError(f"task {task} is not committed: tasks are 0 to {state.num_tasks - 1}")
+        self.info, self.graph, self.units = state.tasks[task], state.graph, state.used(task)
+        self.tensors: Parameters = {}
+        for node in self.graph.nodes:
+            if tensors := state.parameters(node.name, task):
+                self.tensors[node.name] = chosen(self.graph, node, tensors, self.units, self.units)
+        if state.architecture.head == "single":
+            head = self.tensors[self.graph.head]
+            head["weight"] = head["weight"] * self._seen(state, task)[:, None]
+
+    def __call__(self, raw: Tensor) -> Tensor:
+        """Logits [N, num_classes] of raw samples [N, *input_shape]."""
+        return logits(self.graph, self.info.transform(raw), self.tensors)
+
+    def _seen(self, state: State, task: int) -> Tensor:
+        """Which of its columns a single head reads [columns]: not what other tasks grew."""
+        visible = state.visible(task)
+        groups = self.graph.source(self.graph.by_name[self.graph.head]).groups
+        return torch.cat([torch.isin(self.units[group], visible[group]) for group in groups])
+
+
+class Subnetwork(nn.Module, _Classifier):
     """One task's network, cut out of a state.
 
     Takes raw samples (pixel values as in the data set's files, unpermuted) of shape [N, *input_shape] and gives
@@ -41,34 +107,20 @@ class Subnetwork(nn.Module):
             IndexError: The state has no such task.
         """
         super().__init__()
-        if not 0 <= task < state.num_tasks:
-            raise IndexError(f"task {task} is not committed: tasks are 0 to {state.num_tasks - 1}")
-        self.info, self.graph = state.tasks[task], state.graph
+        cut = Cut(state, task)
+        self.info, self.graph, self.units = cut.info, cut.graph, cut.units
         transform = self.info.transform
         self.register_buffer("mean", torch.tensor(transform.mean)[:, None])
         self.register_buffer("std", torch.tensor(transform.std)[:, None])
         self.register_buffer("permutation", transform.permutation)
-        self.units = state.used(task)
         self.network = nn.Module()
-        self._layers: dict[str, nn.Module] = {}
-        for node in self.graph.nodes:
-            is_head = node.name == self.graph.head
-            tensors = state.parameters(node.name, task)
-            if tensors:
-                cut = chosen(self.graph, node, tensors, self.units, self.units)
-                if is_head and state.architecture.head == "single":
-                    cut["weight"] = cut["weight"] * self._seen(state, task)[:, None]
-                self._layers[node.name] = _place(self.network, node.name, cut)
+        self._layers = {name: _place(self.network, name, tensors) for name, tensors in cut.tensors.items()}
         self.eval()
 
     def forward(self, raw: Tensor) -> Tensor:
         """Logits [N, num_classes] of raw samples [N, *input_shape]."""
-        values = {INPUT: self.inputs(raw)}
-        for node in self.graph.nodes:
-            layer = self._layers.get(node.name)
-            tensors = dict(layer.named_buffers(recurse=False)) if layer is not None else {}
-            values[node.name] = compute(node, [values[name] for name in node.inputs], tensors, raw.shape[0])
-        return values[self.graph.nodes[-1].name]
+        tensors = {name: dict(layer.named_buffers(recurse=False)) for name, layer in self._layers.items()}
+        return logits(self.graph, self.inputs(raw), tensors)
 
     def inputs(self, raw: Tensor) -> Tensor:
         """What the network sees of raw samples."""
@@ -85,20 +137,6 @@ class Subnetwork(nn.Module):
         tensors = dict(self.state_dict()) | {f"units.{group}": units for group, units in self.units.items()}
         header = {"nodes": self.graph.to_json()["nodes"], "classes": self.info.num_classes}
         return tensors_digest(header, tensors)
-
-    def predictions(self, raw: Tensor) -> Tensor:
-        """Predicted classes [N] int64 of raw samples [N, ...], in batches of one fixed size."""
-        size = evaluation_batch(self.graph, raw.device.type)
-        with torch.inference_mode(), _threads_for(min(size, len(raw)) * self._flop):
-            return torch.cat([self(part).argmax(1) for part in raw.split(size)])
-
-    def num_correct(self, raw: Tensor, labels: Tensor) -> int:
-        """How many of raw samples [N, ...] have their label [N] predicted."""
-        return int((self.predictions(raw) == labels).sum())
-
-    def accuracy(self, raw: Tensor, labels: Tensor) -> float:
-        """The fraction of raw samples [N, ...] whose label [N] is predicted."""
-        return self.num_correct(raw, labels) / len(labels)
 
     def to_bytes(self, suffix: str) -> bytes:
         """The network as a file of one of `EXPORT_SUFFIXES`.
@@ -131,22 +169,15 @@ class Subnetwork(nn.Module):
             return program.model_proto.SerializeToString()
         raise ValueError(f"{suffix!r} is no export format; choose one of {', '.join(EXPORT_SUFFIXES)}")
 
-    @cached_property
-    def _flop(self) -> int:
-        """Of one sample."""
-        units = {group: len(units) for group, units in self.units.items()}
-        return sum(self.graph.flop(units, self.info.num_classes).values())
 
-    def _seen(self, state: State, task: int) -> Tensor:
-        """Which of its columns a single head reads [columns]: not what other tasks grew."""
-        visible = state.visible(task)
-        groups = self.graph.source(self.graph.by_name[self.graph.head]).groups
-        return torch.cat([torch.isin(self.units[group], visible[group]) for group in groups])
+def logits(graph: Graph, inputs: Tensor, tensors: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
+    """A network's last value, of inputs as it sees them."""
+    return run(graph, {INPUT: inputs}, tensors)[graph.nodes[-1].name]
 
 
-def subnetworks(state: State) -> Iterator[Subnetwork]:
-    """The subnetworks of all committed tasks, in order."""
-    return (Subnetwork(state, task) for task in range(state.num_tasks))
+def cuts(state: State) -> Iterator[Cut]:
+    """What all committed tasks compute, in order."""
+    return (Cut(state, task) for task in range(state.num_tasks))
 
 
 @contextmanager

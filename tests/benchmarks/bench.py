@@ -40,7 +40,7 @@ from clnp_search.clnp.rates import matrix_rate
 from clnp_search.clnp.replay import Replay
 from clnp_search.clnp.scan import Candidate, scan
 from clnp_search.clnp.state import Architecture, InputTransform, State, TaskInfo, commit
-from clnp_search.clnp.subnetwork import subnetworks
+from clnp_search.clnp.subnetwork import cuts
 from clnp_search.clnp.training import Training, TrainingSettings, set_precision
 from clnp_search.config import sweep_of
 from clnp_search.records import Environment, Point, TaskPlan
@@ -690,7 +690,7 @@ def many_tasks(options: Options) -> Iterator[Row]:
         sequence, again = TaskSequence(sweep_of(run)), []
         for index in range(num):  # what every commit does with all tasks so far
             state, started = run.read_state(index), time.perf_counter()
-            list(test_accuracies(sequence, subnetworks(state)))
+            list(test_accuracies(sequence, cuts(state)))
             again.append(time.perf_counter() - started)
     seconds = [after - before for before, after in itertools.pairwise(ended)]
     starts = min(9, num - 11), num - 11

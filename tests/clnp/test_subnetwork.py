@@ -29,7 +29,7 @@ from clnp_search.clnp.ops import (
     Op,
 )
 from clnp_search.clnp.state import Architecture, State, commit, read_safetensors
-from clnp_search.clnp.subnetwork import Subnetwork, subnetworks
+from clnp_search.clnp.subnetwork import Subnetwork, cuts
 from clnp_search.clnp.training import TrainingSettings
 
 DEEP = make_network((6, 5, 6))
@@ -76,7 +76,7 @@ def test_old_tasks_digests_and_logits_are_bit_identical_after_new_tasks(
         assert all(torch.equal(networks[0](raw), each(raw)) for each in networks)
     # Tasks grew units and their functions differ: nothing above is true for lack of change.
     assert all((born == task).any() for born in states[2].born.values() for task in range(2))
-    assert len({each.digest for each in subnetworks(states[2])}) == 3
+    assert len({Subnetwork(states[2], task).digest for task in range(3)}) == 3
     assert not torch.equal(Subnetwork(states[2], 0)(raw), Subnetwork(states[2], 2)(raw))
 
 
@@ -250,8 +250,17 @@ def test_accuracy_is_the_fraction_of_right_predictions() -> None:
     assert network.accuracy(raw, labels) == (expected == labels).sum().item() / 1013
 
 
-def test_subnetworks_gives_one_for_each_task_in_order() -> None:
-    assert [network.info.name for network in subnetworks(make_state(DEEP, 3))] == ["task-0", "task-1", "task-2"]
+@pytest.mark.parametrize(("head", "bias"), HEADS)
+@pytest.mark.parametrize("network", NETWORKS)
+def test_cuts_compute_what_the_subnetworks_of_all_tasks_compute(network: str, head: str, bias: str) -> None:
+    state = make_state(replace(NETWORKS[network], head=head, head_bias=bias), 3)
+    raw, labels = make_samples(40, state.graph.input_shape)
+    found = list(cuts(state))
+    assert [cut.info.name for cut in found] == ["task-0", "task-1", "task-2"]
+    for task, cut in enumerate(found):
+        module = Subnetwork(state, task)
+        assert torch.equal(cut(raw), module(raw))
+        assert cut.num_correct(raw, labels) == module.num_correct(raw, labels)
 
 
 # Exports
