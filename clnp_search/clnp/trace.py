@@ -116,7 +116,7 @@ class Traced:
             for source in sources
             if isinstance(parameter := attrgetter(source)(module), nn.Parameter) and id(parameter) not in reached
         ]
-        reason = "is not trained by the module (requires_grad or no_grad), but would be here"
+        reason = "is not trained by the module (requires_grad), but would be here"
         if fixed:
             raise NetworkRefused([Refused(source, reason) for source in fixed])
 
@@ -243,7 +243,15 @@ class _Tracer(fx.Tracer):
     def __init__(self, example: Tensor) -> None:
         super().__init__()
         self.failed: dict[str, str] = {}
+        self.without_gradient: set[fx.Node] = set()
         self._example, self._is_evaluating = example, False
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """A call that the forward makes."""
+        node = super().create_node(*args, **kwargs)
+        if not torch.is_grad_enabled():
+            self.without_gradient.add(node)
+        return node
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """What stands for a node's value in the forward."""
@@ -323,9 +331,12 @@ class _Walk(fx.Interpreter):
 
     def __init__(self, module: nn.Module, tracer: _Tracer) -> None:
         root = nn.Sequential(module)  # the module's own forward is then one call among others
-        super().__init__(root, graph=tracer.trace(root))
+        with torch.enable_grad():  # unless the forward itself does without
+            graph = tracer.trace(root)
+        super().__init__(root, graph=graph)
         self.extra_traceback = False
         self._class, self._scopes = type(module).__name__, tracer.node_name_to_scope
+        self._without_gradient = tracer.without_gradient
         self._failed = {path.partition(".")[2]: reason for path, reason in tracer.failed.items()}
         self._steps: dict[str, Step] = {}
         self._values: dict[fx.Node, Value] = {}
@@ -391,6 +402,10 @@ class _Walk(fx.Interpreter):
         read = [each for each in node.all_input_nodes if each in self._values]
         try:
             step = self._step(node, call)
+            if node in self._without_gradient:
+                above = (self._steps[name] for each in read for name in self._upstream(self._values[each].step))
+                if any(each.sources for each in (step, *above)):
+                    raise NoNode(f"{label} is computed without gradients (no_grad), but would be trained here")
         except NoNode as error:
             inputs = tuple(self._values[each].step.name for each in read)
             step = Step(f"{path}.{label}", path, shape, inputs, reason="".join(error.args))

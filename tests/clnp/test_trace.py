@@ -372,17 +372,43 @@ def test_layers_that_the_module_keeps_in_evaluation_are_refused(layer: nn.Module
     assert reason(module) == ("layer", "stays in evaluation when its network trains")
 
 
-@pytest.mark.parametrize("how", ["requires_grad", "no_grad"])
-def test_layers_that_the_module_holds_fixed_are_refused(how: str) -> None:
+def test_layers_that_the_module_holds_fixed_are_refused() -> None:
     def forward(net: Any, x: Tensor) -> Any:
-        with torch.set_grad_enabled(how != "no_grad"):
-            x = net.body(x)
-        return net.head(net.layer(x))
+        return net.head(net.layer(net.body(x)))
 
-    body = nn.Linear(6, 4).requires_grad_(how != "requires_grad")
+    body = nn.Linear(6, 4).requires_grad_(False)
     found = reasons(Forward(forward, body=body, layer=nn.Linear(4, 4), head=nn.Linear(4, 3)), (6,))
     assert [each.module for each in found] == ["body.weight", "body.bias"]
     assert all("is not trained by the module" in each.reason for each in found)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_what_the_module_computes_without_gradients_is_refused(context: Any) -> None:
+    def layer(net: Any, x: Tensor) -> Any:
+        with context():
+            x = net.body(x)
+        return net.head(net.layer(x))
+
+    def branch(net: Any, x: Tensor) -> Any:
+        x = net.body(x)
+        with context():
+            gate = torch.sigmoid(x)
+        return net.head(net.layer(x * gate))
+
+    layers = {"body": nn.Linear(6, 4), "layer": nn.Linear(4, 4), "head": nn.Linear(4, 3)}
+    for forward, place, label in ((layer, "body", "Linear"), (branch, "Forward", "sigmoid")):
+        why = f"{label} is computed without gradients (no_grad), but would be trained here"
+        assert reason(Forward(forward, **layers), (6,)) == (place, why)
+
+
+def test_what_depends_on_no_parameter_needs_no_gradients() -> None:
+    def forward(net: Any, x: Tensor) -> Any:
+        with torch.no_grad():
+            x = F.avg_pool2d(x, 2)
+        return net.head(net.first(x).mean((2, 3)))
+
+    module = Forward(forward, first=nn.Conv2d(3, 4, 3), head=nn.Linear(4, 5))
+    assert [node.name for node in trace(module, (3, 8, 8)).graph.nodes][1:2] == ["first"]
 
 
 def test_a_head_with_a_logit_for_each_position_is_refused() -> None:
