@@ -368,6 +368,10 @@ class Runner:
     def _shared(self) -> ObjectRef:
         return self._cluster.share(self._sequence.run_inputs(self._folder))
 
+    def _share(self, plan: TaskPlan, state: State, drawn: Parameters | None = None) -> ObjectRef:
+        """What the trials and scans of one task read."""
+        return self._cluster.share((plan, state.as_one_task, drawn))
+
     def _run_task(self, before: tuple[TaskResult, ...], state: State) -> Program[tuple[TaskResult, State]]:
         """The task after these.
 
@@ -377,7 +381,7 @@ class Runner:
         started, index = time.perf_counter(), len(before)
         sweep, folder = self._sweep, self._folder
         plan = self._plan(index, state)
-        inputs = self._cluster.share((plan, state, self._sequence.drawn(index)))
+        inputs = self._share(plan, state, self._sequence.drawn(index))
         plan, inputs, records = yield from self._search(plan, inputs, state)
         rules, groups = sweep.forgetting, tuple(state.graph.groups)
         budget = Budget(groups, before, plan.num_tasks)
@@ -386,7 +390,7 @@ class Runner:
         while steps[-1].passing and plan.round < rules.finetune_rounds:
             scans = steps[-1].scans
             plan = self._round(plan, scans)
-            inputs = self._cluster.share((plan, state, None))
+            inputs = self._share(plan, state)
             records = yield from self._train(plan, inputs)
             if plan.round < rules.finetune_rounds:
                 done = [record for record in records if record.status == "done"]
@@ -516,7 +520,7 @@ class Runner:
             if not left:
                 return plan, inputs, records
             plan = self._extended(plan, as_points(sweep, layers, proposed, len(plan.points)), state)
-            inputs = self._cluster.share((plan, state, self._sequence.drawn(plan.task)))
+            inputs = self._share(plan, state, self._sequence.drawn(plan.task))
             records = yield from self._train(plan, inputs)
 
     def _outcomes(

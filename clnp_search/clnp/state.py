@@ -266,6 +266,14 @@ class State:
             self, architecture=replace(self.architecture, graph=graph), born=born, tensors=tensors, heads=tuple(heads)
         )
 
+    @property
+    def as_one_task(self) -> State:
+        """The same frozen units as if the first task had grown them all: what the next task trains on, however many
+        have been. Of later tasks, what only they read is left out.
+        """
+        born = {group: born.where(born == FREE, 0) for group, born in self.born.items()}
+        return replace(self, born=born, heads=self.heads[:1], tasks=self.tasks[:1])
+
     def to_bytes(self) -> bytes:
         """The state as a safetensors file."""
         tensors = {name: tensor.numpy() for name, tensor in self._tensors().items()}  # of many, in half of torch's time

@@ -91,7 +91,7 @@ class TaskInputs:
     def initial(self, num_classes: int) -> Parameters:
         """What the task's free parameters start from, at full size, with a head of so many classes."""
         graph = self.state.graph
-        initial = draw(self.state, num_classes, self.run.seed)
+        initial = draw(self.state, num_classes, self.run.seed, self.plan.task)
         return initial if self.drawn is None else overlaid(initial, graph, self.drawn, self.run.graph)
 
     def pruned(self, point: Point) -> FreeParameters:

@@ -11,11 +11,13 @@ from dataclasses import replace
 import pytest
 import safetensors.torch
 import torch
-from builders import GRAPHS, make_network, make_pack, make_samples, make_state, make_training, run_all
+from builders import GRAPHS, HEADS, make_network, make_pack, make_samples, make_state, make_training, run_all
 from torch.nn import functional
 
 from clnp_search.clnp.graph import conv
+from clnp_search.clnp.initial import draw
 from clnp_search.clnp.pack import Features, Pack, cross_entropy
+from clnp_search.clnp.scan import Candidate
 from clnp_search.clnp.state import Architecture, State, read_safetensors
 from clnp_search.clnp.training import Training, TrainingSettings
 
@@ -149,6 +151,22 @@ def test_an_epoch_uses_the_memory_of_those_before(monkeypatch: pytest.MonkeyPatc
     training.run_epoch()
     assert inside == [(0, 1)]
     assert large_blocks() == (1, 0)
+
+
+@pytest.mark.parametrize(("head", "bias"), HEADS)
+@pytest.mark.parametrize("network", GRAPHS)
+def test_a_task_trains_the_same_on_what_one_task_would_have_left(network: str, head: str, bias: str) -> None:
+    state = make_state(Architecture(GRAPHS[network], head, bias), 3)
+    inputs, labels = make_samples(50, state.graph.input_shape)
+    trained = []
+    for each in (state, state.as_one_task):
+        pack = Pack(each, 2, [(0.01,) * len(each.graph.layers)], draw(each, 2, seed=1, task=3))
+        parts = [pack.features(inputs[part], labels[part]) for part in (slice(30), slice(30, 50))]
+        run_all(Training(pack, [0.02], *parts, TrainingSettings(2, 8, "adam"), 0, 3))
+        point = pack.point(0, pack.activities(parts[0])[0])
+        trained.append((point.to_bytes(), Candidate(each, point, inputs, labels).num_correct()))
+    assert state.as_one_task.faults() == []
+    assert trained[0] == trained[1]
 
 
 def test_a_diverging_point_ends_as_a_record_and_not_as_an_error() -> None:
