@@ -213,9 +213,10 @@ class Scenario:
 def _select(task: Task, raw: RawData, inputs: NDArray[np.uint8], labels: NDArray[np.int64]) -> Split:
     import torch
 
-    classes = range(raw.num_classes) if task.classes is None else task.classes
+    if task.classes is None:
+        return Split(inputs, np.arange(len(labels)), torch.from_numpy(labels.copy()))
     own = np.full(raw.num_classes, -1)
-    own[list(classes)] = np.arange(len(classes))
+    own[list(task.classes)] = np.arange(len(task.classes))
     index = np.flatnonzero(own[labels] >= 0)
     return Split(inputs, index, torch.from_numpy(own[labels[index]]))
 
