@@ -222,10 +222,8 @@ class State:
                     found.append(f"{node.name}.{name}: a value is not finite")
                 if bool((tensor[cut] != 0).any()):
                     found.append(f"{node.name}.{name}: what was cut, or belongs to a free unit, is not zero")
-        column, single = (
-            self._born_of(self.graph.source(self.graph.by_name[self.graph.head])),
-            self.architecture.head == "single",
-        )
+        column = self._born_of(self.graph.source(self.graph.by_name[self.graph.head]))
+        single = self.architecture.head == "single"
         for task, head in enumerate(self.heads):
             if not all(tensor.isfinite().all() for tensor in head.values()):
                 found.append(f"head of task {task}: a value is not finite")
