@@ -277,7 +277,10 @@ def test_a_run_of_another_method_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "fault"),
     [
-        ({"search": {"strength": 0.1}}, "search.strength: [0.1]: method clnp has none; allowed: of ewc, si, packnet"),
+        (
+            {"search": {"strength": 0.1}},
+            "search.strength: [0.1]: method clnp has none; allowed: null, or of ewc, si, packnet",
+        ),
         ({"method": "joint", "search": {"strength": 1}}, "search.strength: [1.0]: method joint has none"),
         ({"method": "packnet", "search": {"strength": [0.5, 1]}}, "search.strength: [0.5, 1.0]: a share of weights"),
         ({"method": "ewc", "search": {"strength": [2, 2]}}, "search.strength: [2.0, 2.0]: a value is there twice"),

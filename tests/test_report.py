@@ -16,7 +16,7 @@ from builders import make_result, make_sweep, write_run
 from command_line import Cli
 
 from clnp_search.errors import InputError
-from clnp_search.records import summarise
+from clnp_search.records import Fork, summarise
 from clnp_search.report.comparison import spread_rows
 from clnp_search.report.page import Report, report
 from clnp_search.storage import RunFolder, run_folder
@@ -47,7 +47,15 @@ def test_the_page_has_every_run_choice_reason_and_digest(both: Report) -> None:
     assert "p002 has the highest sparsity (units): 0.3750 at 96.5200%." in text
     assert text.count("equal") == 4
     assert "DIFFERENT" not in text
-    assert "clnp-search run sweep.yaml --name second" in text
+    assert "clnp-search run sweep.yaml --name second-again" in text
+
+
+def test_a_fork_is_reproduced_from_its_origin(tmp_path: Path) -> None:
+    folder = make_run(tmp_path, "forked")
+    folder.write_fork(Fork("runs/origin", 0))
+    html = report([folder]).html
+    assert "clnp-search fork runs/origin --after-task 0 --name forked-again\nclnp-search verify forked-again" in html
+    assert "clnp-search run" not in html
 
 
 def test_runs_that_differ_in_their_seed_alone_have_a_mean_and_a_deviation(tmp_path: Path) -> None:

@@ -24,7 +24,9 @@ Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. training.epochs=3.")
 ]
 Storage = Annotated[str, typer.Option("--storage", metavar="URI", help="Where run folders are.")]
-Address = Annotated[str, typer.Option("--address", help="Ray: local (starts one), auto (finds one), or HOST:PORT.")]
+Address = Annotated[
+    str, typer.Option("--address", help="Ray: local (starts one), auto (finds one), HOST:PORT, or ray://HOST:PORT.")
+]
 AsJson = Annotated[
     bool, typer.Option("--json", callback=reserve_output, help="Print one JSON document on standard output.")
 ]

@@ -29,7 +29,8 @@ def reselect(
     storage: Storage = "runs/",
     as_json: AsJson = False,
 ) -> None:
-    """Show what a task would have chosen by another margin, theta rule or sparsity. Nothing is trained or changed."""
+    """Show what a task would have chosen by another margin, theta rule or sparsity. Nothing is
+    trained and no choice changed; scans that are missing are recorded."""
     from clnp_search.branching import reselect as choose_again
     from clnp_search.config import overridden, sweep_at
 

@@ -124,7 +124,8 @@ def _method_faults(sweep: Sweep) -> Iterator[str]:
     strengths, method = sweep.search.strength, sweep.method
     if strengths is not None:
         if method not in STRENGTHS:
-            yield f"search.strength: {list(strengths)}: method {method} has none; allowed: of {', '.join(STRENGTHS)}"
+            allowed = f"null, or of {', '.join(STRENGTHS)}"
+            yield f"search.strength: {list(strengths)}: method {method} has none; allowed: {allowed}"
         elif method == "packnet" and max(strengths) >= 1:
             yield f"search.strength: {list(strengths)}: a share of weights to prune; allowed: 0 or more, less than 1"
         if len(set(strengths)) < len(strengths):

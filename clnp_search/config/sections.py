@@ -67,7 +67,8 @@ class ScenarioConfig(Section):
     """Which scenario: permuted_digits, permuted_mnist, split_digits, split_mnist;
     split_cifar (CIFAR-10, then CIFAR-100 ten classes at a time);
     class_folders (images in train/CLASS/ and test/CLASS/ of a folder or zip);
-    torchvision:NAME (any of torchvision's classification data sets, its classes split into tasks);
+    torchvision:NAME (a torchvision classification data set with a training and a test part, its classes split into
+    tasks);
     or package.module:function, your own, which returns the tasks (see `clnp_search.tasks.OwnTask`)."""
     tasks: PositiveCount | None = None
     """Number of tasks; the classes are shared out evenly, in order. Default: 10 for permuted_mnist, 6 for split_cifar,

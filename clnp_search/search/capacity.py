@@ -78,7 +78,7 @@ def local_capacity(resources: ResourcesConfig) -> Capacity:
     Raises:
         InputError: It cannot hold one trial.
     """
-    cpus = len(os.sched_getaffinity(0))
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS has none
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = len(list(Path("/dev").glob("nvidia[0-9]*"))) if visible is None else len(visible.split(",")) * bool(visible)
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
