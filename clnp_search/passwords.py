@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import re
 
-# From a user's name to the last `@`, since a password may hold any character; a port is none. Or as a setting.
+# From a user's name to the last `@`, since a password may hold any character; a port is none. Or as a setting, also of
+# several that are encoded as one.
 PASSWORD = re.compile(
-    r"""(://[^/?#:\[\s]*:)(?!\d+(?:[/?#&\s'"]|$))\S+(@)|([?&](?:password|passwd|pwd)=)[^&#\s]+()""", re.IGNORECASE
+    r"""(://[^/?#:\[\s]*:)(?!\d+(?:[/?#&\s'"]|$))\S+(@)
+    |((?:[?&]|%3B|=)(?:password|passwd|pwd|sslpassword|client_secret|secret_key|session_token|account_key|sig)(?:=|%3D))
+    [^&\#\s]+()""",
+    re.IGNORECASE | re.VERBOSE,
 )
 
 

@@ -130,8 +130,8 @@ def runs_under(storage: str) -> Iterator[tuple[RunFolder, Progress | None]]:
     root = RunFolder(storage)
     for name in root.folders():
         folder = RunFolder(join_uri(storage, name))
-        if folder.exists("sweep.yaml"):
-            try:
+        try:
+            if folder.exists("sweep.yaml"):
                 yield folder, progress_of(folder)
-            except (InputError, Damaged):
-                yield folder, None
+        except (InputError, Damaged, PermissionError):
+            yield folder, None

@@ -21,6 +21,7 @@ import re
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
@@ -154,9 +155,10 @@ class RunFolder:
     def write(self, path: str, data: bytes) -> None:
         """Puts a file in place, whole; an existing one is replaced."""
         target = self._at(path)
-        if self.local_path is None:  # object stores put whole objects
-            with self._filesystem.open_output_stream(target) as stream:
-                stream.write(data)
+        if self.local_path is None:
+            # An object is put when its stream is closed, be it by an interrupt; a thread of its own meets none.
+            with ThreadPoolExecutor(1) as thread:
+                thread.submit(self._put, target, data).result()
             return
         os.makedirs(os.path.dirname(target), exist_ok=True)
         temporary = f"{target}.{uuid.uuid4().hex}.tmp"
@@ -169,6 +171,10 @@ class RunFolder:
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
+
+    def _put(self, target: str, data: bytes) -> None:
+        with self._filesystem.open_output_stream(target) as stream:
+            stream.write(data)
 
     def delete(self, path: str) -> None:
         """Removes a file if it is there."""

@@ -173,6 +173,14 @@ def test_a_fork_takes_over_fine_tune_rounds_too(new: RunFolder, monkeypatch: pyt
     assert all(check.passed for check in verify(newest))
 
 
+def test_a_fork_that_was_interrupted_with_more_tasks_is_not_mixed_with_another(copy: RunFolder, new: RunFolder) -> None:
+    new.copy_task(copy, 0)
+    with pytest.raises(InputError, match="has 1 tasks of a fork that was interrupted"):
+        fork(copy, SWEEP, -1, new)
+    fork(copy, SWEEP, 0, new)
+    assert len(new.read_results()) == 1
+
+
 def test_an_overlapping_grid_trains_only_its_new_points(copy: RunFolder, new: RunFolder) -> None:
     wider = make(search={"alpha": [1e-4, 1e-3, 1e-5]})
     fork(copy, wider, 0, new)

@@ -392,6 +392,11 @@ def test_equal_points_are_refused_and_both_are_named(tmp_path: Path, search: str
         "abfs://:hidden@account/runs",
         "postgresql://user@server:hidden@host/db",
         "postgresql://host/db?user=user&password=hidden",
+        "postgresql://host/db?sslpassword=hidden",
+        "mssql+pyodbc:///?odbc_connect=DRIVER%3DODBC%3BPWD%3Dhidden",
+        "abfs://container@account/runs?client_id=1&client_secret=hidden",
+        "abfs://container@account/runs?sv=1&sig=hidden",
+        "s3://bucket/runs?access_key=KEY&secret_key=hidden",
     ],
 )
 @pytest.mark.parametrize("key", ["storage", "tracking.uri"])

@@ -302,12 +302,27 @@ def test_draw_run_records_two_figures_of_the_run_and_two_of_each_task(folder: Ru
         assert folder.read(path).startswith(PNG if path.endswith(".png") else b"<?xml")
 
 
+def test_draw_run_completes_figures_that_were_cut_short(folder: RunFolder) -> None:
+    summary = summarise("run", "complete", 0, "", tasks(2))
+    list(write_run(folder, make_sweep()))
+    draw_run(folder, summary)
+    whole = folder.figures(1)
+    folder.delete(next(path for path in whole if path.endswith("thresholds.png")))
+    draw_run(folder, summary)
+    assert folder.figures(1) == whole
+
+
+def test_names_are_drawn_as_they_are() -> None:
+    assert to_png(accuracy_matrix("A$#-B$", tasks(2)))
+
+
 def test_draw_run_keeps_a_tasks_figures_and_renews_the_runs(folder: RunFolder) -> None:
     for _ in write_run(folder, make_sweep(), num_tasks=1):
         pass
     summary = folder.read_summary()
     assert summary is not None
-    folder.write_figure("sparsity.png", b"kept", task=0)
+    for name in ("sparsity.png", "thresholds.png"):
+        folder.write_figure(name, b"kept", task=0)
     folder.write_figure("units.png", b"stale")
     draw_run(folder, summary)
     assert folder.read(folder.figures(0)[0]) == b"kept"

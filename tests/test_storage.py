@@ -6,7 +6,10 @@ import csv
 import hashlib
 import json
 import math
+import os
+import signal
 import socket
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -115,6 +118,31 @@ def test_a_write_that_fails_leaves_the_old_file_whole(folder: RunFolder) -> None
         folder.write("file", "no bytes")  # type: ignore[arg-type]
     assert folder.read("file") == b"old"
     assert files(folder) == ["file"]
+
+
+def test_an_interrupt_while_an_object_is_put_leaves_it_whole() -> None:
+    class Interrupted:
+        """An object store at which an interrupt arrives just as an object is begun."""
+
+        def __init__(self, store: Any) -> None:
+            self._store = store
+
+        def open_output_stream(self, path: str) -> Any:
+            stream = self._store.open_output_stream(path)
+            os.kill(os.getpid(), signal.SIGINT)
+            return stream
+
+    folder = RunFolder("mock:///run")
+    store = folder._filesystem
+    store.create_dir("run")
+    folder._filesystem = Interrupted(store)
+    with pytest.raises(KeyboardInterrupt):
+        folder.write("plan.json", b"whole")
+    for thread in threading.enumerate():
+        if thread.name.startswith("ThreadPoolExecutor"):  # that the interrupt may not have waited for
+            thread.join()
+    folder._filesystem = store
+    assert folder.read("plan.json") == b"whole"
 
 
 def test_a_file_that_is_not_there_raises_file_not_found(folder: RunFolder) -> None:

@@ -188,7 +188,8 @@ def run(
                 failed.append(folder.name)
         if failed:
             raise MachineFault(f"{', '.join(failed)} ended early, as said above. The same command tries them again.")
-    _log_spread(sweep, family, print_family([folder for _, folder in runs], as_json))
+    folders = [folder for _, folder in runs]
+    _log_spread(sweep, family, print_family(folders, as_json), folders[0].read_tracking().get("key", ""))
 
 
 def resume(
@@ -334,13 +335,13 @@ for command in (
     app.command()(command)
 
 
-def _log_spread(sweep: Sweep, family: str, rows: list[dict[str, Any]]) -> None:
+def _log_spread(sweep: Sweep, family: str, rows: list[dict[str, Any]], key: str = "") -> None:
     if sweep.tracking.uri == "none" or sweep.repetitions == 1:
         return
     from clnp_search.tracking.mlflow import TrackingUnavailable, log_spread
 
     try:
-        log_spread(sweep, family, rows)
+        log_spread(sweep, family, rows, key)
     except TrackingUnavailable as error:
         if rows:
             err.print(f"[yellow]MLflow has no means of these runs: {error}[/]; the same command logs them later")

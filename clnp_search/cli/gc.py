@@ -40,10 +40,11 @@ def gc(
         found = {folder: _collect(folder, delete) for folder in folders}
     else:
         found = {}
-        for folder in _all_runs(storage):
+        for folder in _folders_of(storage):
             try:
-                found[folder] = _collect(folder, delete)
-            except (InputError, RuntimeError) as error:
+                if folder.exists("sweep.yaml"):
+                    found[folder] = _collect(folder, delete)
+            except (InputError, RuntimeError, PermissionError) as error:
                 err.print(f"left as it is: {error}", markup=False, highlight=False)
     if as_json:
         listed = {folder.uri: [vars(each) for each in garbage] for folder, garbage in found.items()}
@@ -78,11 +79,10 @@ def _collect(folder: RunFolder, delete: bool) -> tuple[Garbage, ...]:
     return garbage
 
 
-def _all_runs(storage: str) -> list[RunFolder]:
+def _folders_of(storage: str) -> list[RunFolder]:
     from clnp_search.storage import RunFolder, join_uri
 
-    folders = [RunFolder(join_uri(storage, name)) for name in RunFolder(storage).folders()]
-    return [folder for folder in folders if folder.exists("sweep.yaml")]
+    return [RunFolder(join_uri(storage, name)) for name in RunFolder(storage).folders()]
 
 
 def _size(num_bytes: int) -> str:

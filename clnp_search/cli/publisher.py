@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 DRAW_EVERY_S = 20.0  # figures of the whole run; they are drawn when it ends in any case
+LEAVE_S = 1.0  # that an interrupt waits for a request that is under way
 
 
 class Publisher(Listener):
@@ -37,7 +38,7 @@ class Publisher(Listener):
     def __init__(self, folder: RunFolder, sweep: Sweep) -> None:
         self.beside: Callable[..., None] = _here
         self.unavailable = ""
-        self._busy = False
+        self._busy = self._is_left = False
         self._folder, self._sweep = folder, sweep
         self._tracker: MlflowTracker | None = None
         self._drawn: Summary | None = None  # of which all figures are there
@@ -53,7 +54,11 @@ class Publisher(Listener):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is not None and not issubclass(kind, Exception):
-            return  # an interrupt, which waits for no server: what is not written yet, a resume writes
+            # An interrupt, which waits for no server: what is not written yet, a resume writes.
+            self._is_left = True
+            self._events.put(None)
+            self._thread.join(LEAVE_S)
+            return
         self._events.put(None)
         self._thread.join()
         if (summary := self._folder.read_summary()) is not None:
@@ -84,26 +89,43 @@ class Publisher(Listener):
             self._publish(summary)
 
     def _publish(self, summary: Summary) -> None:
+        self._busy, faults = True, []
+        for step in (self._draw, self._log):
+            try:
+                step(summary)
+            except Exception as error:  # whatever it is, the search goes on and the run folder keeps the records
+                faults.append(f"{type(error).__name__}: {error}")
+                logger.debug("not published", exc_info=True)
+        self.unavailable = "; ".join(faults)
+        self._busy = False
+
+    def _draw(self, summary: Summary) -> None:
         # Imported with the first event: until then the search's own start needs the cores.
         from clnp_search.report.figures import draw_run
+
+        if summary.tasks and summary != self._drawn:
+            # Small tasks take no longer than a figure of all of them.
+            whole = summary.status != "running" or time.monotonic() - self._drawn_at >= DRAW_EVERY_S
+            self.beside(draw_run, self._folder, summary, whole)
+            if whole:
+                self._drawn, self._drawn_at = summary, time.monotonic()
+
+    def _log(self, summary: Summary) -> None:
         from clnp_search.tracking.mlflow import MlflowTracker
 
-        self._busy = True
-        try:
-            if summary.tasks and summary != self._drawn:
-                # Small tasks take no longer than a figure of all of them.
-                whole = summary.status != "running" or time.monotonic() - self._drawn_at >= DRAW_EVERY_S
-                self.beside(draw_run, self._folder, summary, whole)
-                if whole:
-                    self._drawn, self._drawn_at = summary, time.monotonic()
-            if self._sweep.tracking.uri != "none":
-                self._tracker = self._tracker or MlflowTracker(self._folder, self._sweep)
-                self._tracker.sync(summary, superseded=lambda: not self._events.empty())
-            self.unavailable = ""
-        except Exception as error:  # whatever it is, the search goes on and the run folder keeps the records
-            self.unavailable = f"{type(error).__name__}: {error}"
-            logger.debug("not published", exc_info=True)
-        self._busy = False
+        if self._sweep.tracking.uri != "none":
+            self._tracker = self._tracker or MlflowTracker(self._folder, self._sweep)
+            self._tracker.sync(summary, self._is_superseded)
+
+    def _is_superseded(self) -> bool:
+        """Whether a later event waits.
+
+        Raises:
+            InterruptedError: The sequence is left.
+        """
+        if self._is_left:
+            raise InterruptedError("the sequence was interrupted")
+        return not self._events.empty()
 
     def _newest(self) -> Summary | None:
         """The last event that waits: a projection of it includes those before. None is the end and comes last."""

@@ -49,7 +49,7 @@ def ui(
         if open_browser:
             webbrowser.open(link)
         return
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///").partition("?")[0]).exists():
         raise InputError(f"{uri}: no such database; runs make it, or name another one with --tracking-uri")
     _require_free(host, port)
     link = _link(f"http://{host}:{port}", experiment)

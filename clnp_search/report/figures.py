@@ -59,6 +59,7 @@ STYLE: Any = {
     "legend.frameon": False,
     "legend.fontsize": 8,
     "lines.markersize": 5,
+    "text.parse_math": False,  # names are text
 }
 LIMIT: dict[str, Any] = {"color": INK, "linewidth": 0.9, "linestyle": (0, (5, 3)), "zorder": 2}
 CENTRED: dict[str, Any] = {"ha": "center", "va": "center", "size": 7.5}
@@ -81,7 +82,7 @@ def draw_run(folder: RunFolder, summary: Summary, whole: bool = True) -> None:
         _record(folder, "accuracy", accuracy_matrix(summary.name, summary.tasks))
         _record(folder, "units", units_grown(summary.name, summary.tasks))
     # Tasks are drawn in order: those before the last one that has figures are not asked again.
-    new = list(itertools.takewhile(lambda result: not folder.figures(result.index), reversed(summary.tasks)))
+    new = list(itertools.takewhile(lambda result: not _is_drawn(folder, result.index), reversed(summary.tasks)))
     for result in reversed(new):
         for name, figure in draw_task(folder, summary.name, result).items():
             _record(folder, name, figure, result.index)
@@ -100,6 +101,11 @@ def draw_task(folder: RunFolder, run: str, result: TaskResult) -> dict[str, Figu
         "sparsity": accuracy_against_sparsity(run, title, records, scans, selection),
         "thresholds": threshold_curves(run, title, records, scans, selection, tuple(result.units)),
     }
+
+
+def _is_drawn(folder: RunFolder, task: int) -> bool:
+    """Whether a task's figures are all there; the last one that is written says so."""
+    return any(path.endswith("/thresholds.png") for path in folder.figures(task))
 
 
 def scans_of(folder: RunFolder, task: int) -> list[ScanRecord]:

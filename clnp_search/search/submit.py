@@ -102,7 +102,9 @@ def job_of(sweep: Sweep, name: str, address: str) -> Job:
         InputError: As `require_name`.
     """
     require_name(name)
-    return Job(address, f"clnp-{name}-{hashlib.sha256(sweep.to_yaml().encode()).hexdigest()[:12]}")
+    # Without what depends on where the command is typed.
+    told = sweep.model_dump_json(exclude={"modules": True, "scenario": {"root"}})
+    return Job(address, f"clnp-{name}-{hashlib.sha256(told.encode()).hexdigest()[:12]}")
 
 
 def submit_run(sweep: Sweep, name: str, address: str, environment: dict[str, str], packages: Sequence[str] = ()) -> Job:

@@ -16,6 +16,7 @@ import statistics
 import tempfile
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -173,7 +174,7 @@ class MlflowTracker:
         run = store.run(name, f"task {index}: {plan.name}", self._tags("task", index), sequence, plan.started)
         selection = folder.read_selection(index) if result else None
         for point in plan.points:
-            if selection is None and superseded():
+            if superseded() and selection is None:
                 break
             self._project_point(store, run, plan, point, selection, tuple(result.units) if result else ())
         if result is None or selection is None:
@@ -256,23 +257,27 @@ class MlflowTracker:
         return {name: self._folder.read(path) for name, path in self._folder.artifacts(task).items()}
 
 
-def log_spread(sweep: Sweep, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+def log_spread(sweep: Sweep, name: str, rows: Sequence[Mapping[str, Any]], key: str = "") -> None:
     """Logs means and standard deviations over seeds, a run of level `family` for each set of seeds.
 
     Args:
         sweep: That all are of.
         name: What the names of its runs begin with.
         rows: As `spread_rows` gives them; a row of a single seed is left out.
+        key: Tells these sequences from others by the same name.
 
     Raises:
         TrackingUnavailable: MLflow cannot be reached, or refuses.
     """
-    store = _Store(sweep.tracking.uri, sweep.name, f"family-{name}")
+    store = _Store(sweep.tracking.uri, sweep.name, f"family-{name}-{key}")
+    margins = Counter(row["margin"] for row in rows)
     for row in rows:
         seeds = row["seeds"]
         if len(seeds) < 2:
             continue
         rule = f"margin {row['margin']}" if row["method"] == "clnp" else row["method"]
+        if margins[row["margin"]] > 1:  # some seeds were depleted earlier
+            rule = f"{rule}, {row['tasks']} tasks"
         run = store.run(rule, f"{name}: {rule}", {"clnp.level": "family", "clnp.sequence": name})
         figures = {
             f"{key}{suffix}": row[f"{figure}_{kind}"]

@@ -165,8 +165,13 @@ def test_a_run_that_cannot_be_read_does_not_hide_the_others(cli: Cli) -> None:
     written(cli, "good")
     written(cli, "bad")
     (cli.folder / "runs" / "bad" / "tasks" / "000" / "result.json").write_text("{")
-    assert [(row["name"], row["status"]) for row in cli.json("runs")] == [("bad", "unreadable"), ("good", "complete")]
+    (cli.folder / "runs" / "elsewhere").mkdir()
+    (cli.folder / "runs" / "elsewhere" / "sweep.yaml").symlink_to(cli.folder / "sweep.yaml")  # which is not looked at
+    statuses = {"bad": "unreadable", "elsewhere": "unreadable", "good": "complete"}
+    assert {row["name"]: row["status"] for row in cli.json("runs")} == statuses
     assert "unreadable" in cli("runs").stdout
+    collected = cli("gc", "--all")
+    assert "left as it is" in collected.stderr
 
 
 def test_what_a_run_folder_says_is_shown_as_it_is_and_moves_no_cursor(cli: Cli) -> None:

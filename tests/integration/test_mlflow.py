@@ -443,6 +443,23 @@ def test_means_over_seeds_are_one_run_that_grows_with_them_and_with_their_tasks(
     assert run.info.status == "FINISHED"
 
 
+def test_means_of_other_sequences_by_the_same_name_and_of_seeds_that_end_earlier_are_other_runs(
+    finished: RunFolder, sweep: Sweep
+) -> None:
+    longer = SPREAD | {"tasks": 4, "seeds": [2, 3]}
+    log_spread(sweep, "family", [SPREAD, longer], "one")
+    log_spread(sweep, "family", [SPREAD | {"average_test_accuracy_mean": 0.95}], "another")
+    client = MlflowClient(sweep.tracking.uri)
+    experiment = client.get_experiment_by_name(sweep.name)
+    assert experiment is not None
+    found = client.search_runs([experiment.experiment_id], "tags.`clnp.level` = 'family'")
+    assert sorted((each.data.tags["clnp.seeds"], each.data.metrics["test/average_accuracy"]) for each in found) == [
+        ("0, 1", 0.905),
+        ("0, 1", 0.95),
+        ("2, 3", 0.905),
+    ]
+
+
 def test_a_view_that_its_users_changed_stays_as_it_is(finished: RunFolder, sweep: Sweep) -> None:
     MlflowTracker(finished, sweep).sync()
     client = MlflowClient(sweep.tracking.uri)
@@ -464,6 +481,25 @@ def test_the_publisher_says_how_mlflow_is_doing(finished: RunFolder, sweep: Swee
     assert state(f"http://127.0.0.1:{free_port()}").startswith("behind: TrackingUnavailable: ")
     assert state(sweep.tracking.uri) == "up to date"
     assert state("none") == ""
+
+
+def test_runs_are_logged_where_their_figures_cannot_be_drawn(finished: RunFolder, sweep: Sweep) -> None:
+    def refuse(*_: Any) -> None:
+        raise ValueError("no picture")
+
+    with Publisher(finished, sweep) as publisher:
+        publisher.beside = refuse
+        publisher.points_finished([])
+    assert publisher.state() == "behind: ValueError: no picture"
+    assert len(runs_of(sweep)) == 1 + 2 + 8  # the sequence, its tasks, their points
+
+
+def test_an_interrupt_ends_the_publishers_thread(finished: RunFolder, sweep: Sweep) -> None:
+    publisher = Publisher(finished, sweep)
+    with pytest.raises(KeyboardInterrupt), publisher:
+        raise KeyboardInterrupt
+    publisher._thread.join(60)
+    assert not publisher._thread.is_alive()
 
 
 def test_a_server_that_never_answers_is_given_up(

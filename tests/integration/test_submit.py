@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from builders import make_sweep
 from command_line import Cli
 from servers import HEAD, RayNodes, free_port
 
 from clnp_search.config import load_sweep
 from clnp_search.errors import MachineFault
 from clnp_search.search import retries
-from clnp_search.search.submit import Job, submit_run
+from clnp_search.search.submit import Job, job_of, submit_run
 
 JobSubmissionClient = pytest.importorskip("ray.job_submission").JobSubmissionClient
 
@@ -45,6 +46,19 @@ def job_server(nodes: RayNodes, monkeypatch: pytest.MonkeyPatch) -> str:
     """The URL of the cluster's job server."""
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     return nodes.url
+
+
+def test_a_job_is_the_same_from_wherever_it_is_sent() -> None:
+    ids = {
+        job_of(
+            make_sweep(modules=[folder], scenario={"name": "permuted_digits", "root": folder}),
+            "run",
+            "http://head:8265",
+        ).submission_id
+        for folder in ("/first", "/second")
+    }
+    assert len(ids) == 1
+    assert job_of(make_sweep(seed=1), "run", "http://head:8265").submission_id not in ids
 
 
 def test_a_submitted_run_ends_like_a_local_one_and_is_one_job_when_sent_twice(
