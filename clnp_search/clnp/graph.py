@@ -124,6 +124,8 @@ class Graph:
 
     def index(self, groups: Sequence[str], units: Units) -> Tensor:
         """Where `units` of each group stand among all units of `groups`."""
+        if len(groups) == 1:
+            return units[groups[0]]
         start, places = 0, []
         for group in groups:
             places.append(units[group] + start)

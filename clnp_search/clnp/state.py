@@ -209,8 +209,12 @@ class State:
         """SHA-256 of the state, its parent's digest included."""
         return tensors_digest(self._header(), self._tensors())
 
-    def faults(self) -> list[str]:
-        """What breaks the guarantee of zero forgetting in these tensors; empty if nothing does."""
+    def faults(self, first: int = 0) -> list[str]:
+        """What breaks the guarantee of zero forgetting in these tensors; empty if nothing does.
+
+        Args:
+            first: The first task whose head is looked at; those before it are known.
+        """
         found = []
         for node in _hidden(self.graph):
             row, column = self._born_of(node), self._born_of(self.graph.source(node))
@@ -224,7 +228,7 @@ class State:
                     found.append(f"{node.name}.{name}: what was cut, or belongs to a free unit, is not zero")
         column = self._born_of(self.graph.source(self.graph.by_name[self.graph.head]))
         single = self.architecture.head == "single"
-        for task, head in enumerate(self.heads):
+        for task, head in enumerate(self.heads[first:], first):
             if not all(tensor.isfinite().all() for tensor in head.values()):
                 found.append(f"head of task {task}: a value is not finite")
             unseen = (column < 0) | (column == FREE) if single else column > task  # as `visible` says
@@ -502,7 +506,7 @@ def commit(state: State, info: TaskInfo, trained: FreeParameters, theta: Mapping
                 full[rows] = joined.tensors[node.name][name]
     committed = State(state.architecture, born, tensors, (), (*state.tasks, info), state.digest)
     committed = replace(committed, heads=_heads(state, info, joined, before, grown))
-    if faults := committed.faults():
+    if faults := committed.faults(first=task):
         raise ValueError(f"task {task} cannot be committed: " + "; ".join(faults))
     return committed
 
