@@ -95,7 +95,7 @@ def accuracies_ahead(sequence: TaskSequence, state: State, index: int) -> dict[s
         return {}
     before = replace(state, tasks=(*state.tasks, info), heads=(*state.heads, state.heads[-1]))
     empty = sequence.empty_state()
-    initial, own = draw(empty, info.num_classes, sweep.seed), sequence.drawn(0)
+    initial, own = draw(empty, info.num_classes, sweep.seed, 0), sequence.drawn(0)
     start = initial if own is None else overlaid(initial, graph, own, graph)
     activities = {group: torch.zeros(units, dtype=torch.float64) for group, units in graph.groups.items()}
     untrained = baseline.after(empty, info, baseline.pack(empty, start, [0.0], [info.num_classes]).point(0, activities))

@@ -160,8 +160,8 @@ def fork(origin: RunFolder, sweep: Sweep, after_task: int, folder: RunFolder) ->
     if after_task >= 0:
         first_points(sweep, after_task + 1, None, origin.read_state(after_task).graph.layers)  # whose alphas must fit
     folder.require_writable()
-    if len(left := folder.read_results()) > after_task + 1:
-        held = f"has {len(left)} tasks of a fork that was interrupted"
+    if folder.has(after_task + 1):
+        held = f"has something of task {after_task + 1}, as of a fork that was interrupted"
         raise InputError(f"{folder.uri}: {held}; delete the folder, or take another --name")
     for task in range(after_task + 1):
         folder.copy_task(origin, task)

@@ -133,5 +133,5 @@ def runs_under(storage: str) -> Iterator[tuple[RunFolder, Progress | None]]:
         try:
             if folder.exists("sweep.yaml"):
                 yield folder, progress_of(folder)
-        except (InputError, Damaged, PermissionError):
+        except (InputError, Damaged, OSError):
             yield folder, None

@@ -259,6 +259,10 @@ class RunFolder:
         """Which run this one has branched off from, or None."""
         return self._read_record("fork.json", Fork)
 
+    def has(self, task: int) -> bool:
+        """Whether anything is there of a task."""
+        return self.exists(_task(task))
+
     def copy_task(self, other: RunFolder, task: int) -> None:
         """Copies all that another run has recorded of a task, its result last."""
         last = f"{_task(task)}/result.json"

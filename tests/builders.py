@@ -292,7 +292,7 @@ def make_pack(
     """
     if isinstance(alphas, int):
         alphas = [(0.0,) * len(state.graph.layers)] * alphas
-    return Pack(state, num_classes, alphas, draw(state, num_classes, seed), device, **settings)
+    return Pack(state, num_classes, alphas, draw(state, num_classes, seed, state.num_tasks), device, **settings)
 
 
 def make_training(

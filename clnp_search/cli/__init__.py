@@ -189,7 +189,7 @@ def run(
         if failed:
             raise MachineFault(f"{', '.join(failed)} ended early, as said above. The same command tries them again.")
     folders = [folder for _, folder in runs]
-    _log_spread(sweep, family, print_family(folders, as_json), folders[0].read_tracking().get("key", ""))
+    _log_spread(sweep, family, print_family(folders, as_json), folders[0])
 
 
 def resume(
@@ -335,13 +335,13 @@ for command in (
     app.command()(command)
 
 
-def _log_spread(sweep: Sweep, family: str, rows: list[dict[str, Any]], key: str = "") -> None:
+def _log_spread(sweep: Sweep, family: str, rows: list[dict[str, Any]], first: RunFolder | None = None) -> None:
     if sweep.tracking.uri == "none" or sweep.repetitions == 1:
         return
     from clnp_search.tracking.mlflow import TrackingUnavailable, log_spread
 
     try:
-        log_spread(sweep, family, rows, key)
+        log_spread(sweep, family, rows, first.read_tracking().get("key", "") if first else "")
     except TrackingUnavailable as error:
         if rows:
             err.print(f"[yellow]MLflow has no means of these runs: {error}[/]; the same command logs them later")

@@ -44,7 +44,7 @@ def gc(
             try:
                 if folder.exists("sweep.yaml"):
                     found[folder] = _collect(folder, delete)
-            except (InputError, RuntimeError, PermissionError) as error:
+            except (InputError, RuntimeError, OSError) as error:
                 err.print(f"left as it is: {error}", markup=False, highlight=False)
     if as_json:
         listed = {folder.uri: [vars(each) for each in garbage] for folder, garbage in found.items()}

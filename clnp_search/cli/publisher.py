@@ -53,14 +53,17 @@ class Publisher(Listener):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._events.put(None)
+        # An interrupt waits for no server, whenever it comes: what is not written yet, a resume writes.
         if kind is not None and not issubclass(kind, Exception):
-            # An interrupt, which waits for no server: what is not written yet, a resume writes.
             self._is_left = True
-            self._events.put(None)
             self._thread.join(LEAVE_S)
             return
-        self._events.put(None)
-        self._thread.join()
+        try:
+            self._thread.join()
+        except BaseException:
+            self._is_left = True
+            raise
         if (summary := self._folder.read_summary()) is not None:
             self._publish(summary)  # what is left, here: nothing else needs the cores any more
 
@@ -85,7 +88,7 @@ class Publisher(Listener):
         self._events.put(summary)
 
     def _work(self) -> None:
-        while (summary := self._newest()) is not None:
+        while (summary := self._newest()) is not None and not self._is_left:
             self._publish(summary)
 
     def _publish(self, summary: Summary) -> None:

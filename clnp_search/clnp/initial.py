@@ -13,15 +13,12 @@ from clnp_search.clnp.state import Parameters, State
 NEUTRAL = {"scale": 1.0, "variance": 1.0, "slope": 0.25}
 
 
-def draw(state: State, num_classes: int, seed: int, task: int | None = None) -> Parameters:
-    """Each node's parameters at full size, the head's last.
+def draw(state: State, num_classes: int, seed: int, task: int) -> Parameters:
+    """What each node's parameters of a task start from, at full size, the head's last.
 
     Weights are uniform in +-1/sqrt(fan-in), PyTorch's default for dense layers and convolutions; biases are zero, and
     normalisations do nothing yet. The fan-in is that of the whole layer; a single head's counts only the free units
     that it will read.
-
-    Args:
-        task: Whose parameters; by default those of the task after the state's last.
     """
     graph, drawn = state.graph, {}
     for node in graph.nodes:
@@ -36,7 +33,7 @@ def draw(state: State, num_classes: int, seed: int, task: int | None = None) -> 
                 free = state.free
                 fan_in = shape[2] * sum(len(free[group]) for group in graph.source(node).groups)
             bound = fan_in**-0.5 if fan_in else 0.0
-            random = generator(seed, "init", state.num_tasks if task is None else task, node.name)
+            random = generator(seed, "init", task, node.name)
             tensors[name] = torch.empty(shape).uniform_(-bound, bound, generator=random)
             if lacks is not None:
                 tensors[name].masked_fill_(lacks, 0.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import shutil
 import tempfile
@@ -102,9 +103,9 @@ def job_of(sweep: Sweep, name: str, address: str) -> Job:
         InputError: As `require_name`.
     """
     require_name(name)
-    # Without what depends on where the command is typed.
-    told = sweep.model_dump_json(exclude={"modules": True, "scenario": {"root"}})
-    return Job(address, f"clnp-{name}-{hashlib.sha256(told.encode()).hexdigest()[:12]}")
+    told = sweep.model_dump(mode="json", exclude={"modules"})  # the same from wherever it is typed
+    told["scenario"]["root"] = sweep.scenario.root.removeprefix(f"{Path.cwd()}/")
+    return Job(address, f"clnp-{name}-{hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]}")
 
 
 def submit_run(sweep: Sweep, name: str, address: str, environment: dict[str, str], packages: Sequence[str] = ()) -> Job:

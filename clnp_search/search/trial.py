@@ -80,6 +80,7 @@ class TaskInputs:
     """All that a trial or a scan of one task reads; all but `run` travels once a task, likewise.
 
     Args:
+        state: Before the task; of clnp as one task would have left it, which tells nothing else of the tasks before.
         drawn: What a module's own constructor draws for the task.
     """
 

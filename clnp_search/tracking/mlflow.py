@@ -88,8 +88,9 @@ class MlflowTracker:
         Args:
             summary: How far to go, if not as far as the folder: a task is closed in MLflow with the figures that are
                 there, so draw those of the summary's tasks first.
-            superseded: Whether a later sync waits. Points of a task that has not chosen are then left to it, which may
-                log training and choice at once; and so is what comes after the next task.
+            superseded: Whether a later sync waits; what it raises ends this one. Points of a task that has not chosen
+                are then left to the later one, which may log training and choice at once; and so is what comes after
+                the next task.
 
         Raises:
             TrackingUnavailable: MLflow cannot be reached, or refuses; the message says why.
@@ -142,7 +143,7 @@ class MlflowTracker:
             if self._project_task(store, sequence, index, results, state == "failed", superseded) and superseded():
                 return
         if state != "running" and sequence.status != STATUS[state] and self._sweep.tracking.models:
-            self._log_models(store, 0 if missing_packages() else len(results))
+            self._log_models(store, 0 if missing_packages() else len(results), superseded)
         # A step is logged in order, so that it is complete with its last metric.
         steps = [index for index in range(len(results)) if store.missing(sequence, [(f"test/task{index}", 0.0, index)])]
         if sequence.status != STATUS[state] or steps:
@@ -192,9 +193,10 @@ class MlflowTracker:
         store.set_status(run, "FINISHED", result.ended)
         return True
 
-    def _log_models(self, store: _Store, num_tasks: int) -> None:
+    def _log_models(self, store: _Store, num_tasks: int, superseded: Callable[[], bool]) -> None:
         """Logs the models of committed tasks that are not there; of one that cannot be exported, its run says why."""
         for index in range(num_tasks):
+            superseded()  # which raises where the sequence is left
             try:
                 self._log_model(store, index)
             except ValueError as error:

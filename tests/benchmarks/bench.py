@@ -163,7 +163,7 @@ def make_state(network: tuple[int, ...] | Graph, frozen: float = 0.0) -> State:
     if not frozen:
         return state
     activities = {group: (torch.arange(units) < frozen * units).double() for group, units in graph.groups.items()}
-    pack = Pack(state, CLASSES, [(0.0,) * len(graph.layers)], draw(state, CLASSES, 1))
+    pack = Pack(state, CLASSES, [(0.0,) * len(graph.layers)], draw(state, CLASSES, 1, state.num_tasks))
     shape = graph.input_shape
     info = TaskInfo("by hand", CLASSES, shape, InputTransform((0.0,), (1.0,), shape))
     return commit(state, info, pack.point(0, activities), dict.fromkeys(graph.groups, 0.5))
@@ -228,7 +228,7 @@ def _bench(
     device: str = "cpu",
     together: int | None = None,
 ) -> Bench:
-    initial, alphas = draw(state, CLASSES, seed), [point.alpha for point in points]
+    initial, alphas = draw(state, CLASSES, seed, state.num_tasks), [point.alpha for point in points]
     pack = Pack(state, CLASSES, alphas, initial, device, how.dtype, how.penalty, together)
     started = time.perf_counter()
     features = pack.features(*train)

@@ -47,7 +47,7 @@ def train(
     joint = range(task + 1) if baseline.JOINT else [task]
     classes = [2] * len(joint)
     multi = state.architecture.head == "multi"
-    start = draw(state, 2 * len(joint) if multi else 2, seed=0)
+    start = draw(state, 2 * len(joint) if multi else 2, 0, state.num_tasks)
     pack = baseline.pack(state, start, strengths, classes)
     inputs, labels = zip(*(samples(each) for each in joint), strict=True)
     offset = [own + (2 * index if pack.class_tasks is not None else 0) for index, own in enumerate(labels)]
@@ -124,7 +124,7 @@ def test_ewc_penalises_by_each_earlier_task_apart(head: str) -> None:
     states = sequence("ewc", head, 2)
     fishers = [states[0].memory["importance"]]
     fishers.append({name: each - fishers[0][name] for name, each in states[1].memory["importance"].items()})
-    pack = BASELINES["ewc"].pack(states[1], draw(states[1], 2, seed=0), [3.0, 7.0], [2])
+    pack = BASELINES["ewc"].pack(states[1], draw(states[1], 2, 0, states[1].num_tasks), [3.0, 7.0], [2])
     with torch.no_grad():
         for *_, tensor in pack.trainable():
             tensor += 0.1
@@ -164,7 +164,7 @@ class Plain(nn.Module):
 def test_si_is_an_explicit_loop_with_autograd(optimizer: str) -> None:
     settings = replace(SETTINGS, optimizer=optimizer, momentum=0.5, batch_size=24)  # one batch: the order is the same
     strength, rate, state = 2.0, 0.02, empty()
-    start = draw(state, 2, seed=0)
+    start = draw(state, 2, 0, state.num_tasks)
     importance: dict[str, Tensor] = {}
     anchor: dict[str, Tensor] = {}
     for task in range(2):
@@ -214,7 +214,7 @@ def test_a_checkpoint_goes_on_to_the_same_bits(method: str) -> None:
     state = sequence(method, "shared", 1)[0]
 
     def begin() -> tuple[Pack, Training]:
-        pack = BASELINES[method].pack(state, draw(state, 2, seed=0), [0.25, 0.75], [2])
+        pack = BASELINES[method].pack(state, draw(state, 2, 0, state.num_tasks), [0.25, 0.75], [2])
         features = pack.features(*samples(1))
         return pack, Training(pack, [0.05, 0.02], features, features, replace(SETTINGS, epochs=6), 0, 1)
 
@@ -263,7 +263,7 @@ def test_packnet_counts_no_weights_that_a_layer_lacks() -> None:
     state = State.empty(Architecture(using(GroupedConv(padding=(1, 1), blocks=2, rows=2, columns=2)), "shared"))
     lacks = state.graph.lacking["op"].expand(-1, -1, 9)
     inputs, labels = make_samples(24, state.graph.input_shape)
-    pack = BASELINES["packnet"].pack(state, draw(state, 2, 0), [0.25], [2])
+    pack = BASELINES["packnet"].pack(state, draw(state, 2, 0, state.num_tasks), [0.25], [2])
     features = pack.features(inputs, labels)
     run_all(Training(pack, [0.01], features, features, replace(SETTINGS, epochs=3), 0, 0))
     weight = pack.point(0, {}).tensors["op"]["weight.own"]
@@ -318,7 +318,7 @@ def test_a_shared_head_reads_all_units_for_every_task() -> None:
 def test_a_single_task_starts_anew_and_finetuning_does_not() -> None:
     for method, same in (("single_task", True), ("joint", True), ("finetune", False)):
         state = sequence(method, "multi", 1)[0]
-        start = draw(state, 2, seed=0)
+        start = draw(state, 2, 0, state.num_tasks)
         pack = BASELINES[method].pack(state, start, [0.0], [2])
         assert torch.equal(pack.tensors["0/hidden1/weight.own"][0], start["hidden1"]["weight"]) == same
         assert torch.equal(pack.tensors["0/hidden1/weight.own"][0], state.tensors["hidden1"]["weight"]) != same
@@ -326,7 +326,7 @@ def test_a_single_task_starts_anew_and_finetuning_does_not() -> None:
 
 def test_joint_heads_are_trained_each_among_its_own_classes() -> None:
     state = sequence("joint", "multi", 1)[0]
-    pack = BASELINES["joint"].pack(state, draw(state, 4, seed=0), [0.0], [2, 2])
+    pack = BASELINES["joint"].pack(state, draw(state, 4, 0, state.num_tasks), [0.0], [2, 2])
     inputs, labels = samples(1)
     pack.train_batch(pack.features(inputs, labels + 2), torch.arange(24))
     start = {node: {name: each[0] for name, each in own.items()} for node, own in pack.blocks[0].tensors.items()}

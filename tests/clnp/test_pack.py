@@ -608,7 +608,7 @@ def test_a_point_drops_the_same_beside_points_of_other_units() -> None:
 def test_initial_weights_differ_between_seeds_and_between_tasks() -> None:
     # The second task starts on a state without active units, so its shapes are the same.
     empty, later = State.empty(SMALL), make_state(SMALL, 1, theta=2.0)
-    drawn = [draw(*each)["hidden0"]["weight"] for each in ((empty, 2, 0), (empty, 2, 1), (later, 2, 0))]
+    drawn = [draw(*each)["hidden0"]["weight"] for each in ((empty, 2, 0, 0), (empty, 2, 1, 0), (later, 2, 0, 1))]
     assert not torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], drawn[2])
 
@@ -616,20 +616,20 @@ def test_initial_weights_differ_between_seeds_and_between_tasks() -> None:
 @pytest.mark.parametrize("head", ["multi", "single"])
 def test_initial_weights_fill_plus_minus_one_over_the_root_of_the_fan_in(head: str) -> None:
     state = make_state(make_network((30, 60), in_features=40, head=head), 1, num_classes=10)
-    drawn = draw(state, 10, 0)
+    drawn = draw(state, 10, 0, 1)
     free = len(state.free["hidden1"])
     for (name, own), fan_in in zip(drawn.items(), (40, 30, free if head == "single" else 60), strict=True):
         assert 0.99 * fan_in**-0.5 < own["weight"].abs().max().item() <= fan_in**-0.5, name
 
 
 def test_the_fan_in_of_a_convolution_counts_its_window_and_of_a_flattened_map_its_positions() -> None:
-    drawn = draw(State.empty(Architecture(conv((3, 8, 8), [30, "pool"], [200]))), 10, 0)
+    drawn = draw(State.empty(Architecture(conv((3, 8, 8), [30, "pool"], [200]))), 10, 0, 0)
     for name, fan_in in (("conv0", 3 * 9), ("dense0", 30 * 16), ("head", 200)):
         assert 0.99 * fan_in**-0.5 < drawn[name]["weight"].abs().max().item() <= fan_in**-0.5
 
 
 def test_biases_start_at_zero_and_normalisations_do_nothing() -> None:
-    drawn = draw(State.empty(Architecture(GRAPHS["residual"])), 2, 0)
+    drawn = draw(State.empty(Architecture(GRAPHS["residual"])), 2, 0, 0)
     values = {"bias": 0.0, "shift": 0.0, "mean": 0.0, "scale": 1.0, "variance": 1.0}
     for own in drawn.values():
         for name, tensor in own.items():

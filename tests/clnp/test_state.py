@@ -270,6 +270,15 @@ def test_a_task_that_keeps_no_unit_is_committed(network: str) -> None:
     assert all((born == FREE).all() for born in after.born.values())
 
 
+def test_a_state_of_views_reads_back() -> None:
+    def views(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: torch.stack([tensor, tensor], -1)[..., 0] for name, tensor in tensors.items()}
+
+    state = make_state(DEEP, 2)
+    viewed = replace(state, born=views(state.born), heads=tuple(map(views, state.heads)))
+    assert State.from_bytes(viewed.to_bytes()).digest == viewed.digest == state.digest
+
+
 @pytest.mark.parametrize("head", ["multi", "single"])
 @pytest.mark.parametrize("network", NETWORKS)
 def test_a_wider_network_keeps_every_tasks_digest_and_logits(network: str, head: str) -> None:

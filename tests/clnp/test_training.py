@@ -17,7 +17,7 @@ from torch.nn import functional
 from clnp_search.clnp.graph import conv
 from clnp_search.clnp.initial import draw
 from clnp_search.clnp.pack import Features, Pack, cross_entropy
-from clnp_search.clnp.scan import Candidate
+from clnp_search.clnp.scan import Candidate, scan
 from clnp_search.clnp.state import Architecture, State, read_safetensors
 from clnp_search.clnp.training import Training, TrainingSettings
 
@@ -157,14 +157,21 @@ def test_an_epoch_uses_the_memory_of_those_before(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("network", GRAPHS)
 def test_a_task_trains_the_same_on_what_one_task_would_have_left(network: str, head: str, bias: str) -> None:
     state = make_state(Architecture(GRAPHS[network], head, bias), 3)
+    group = next(iter(state.born))
+    state = state.widened({group: len(state.born[group]) + 2})
     inputs, labels = make_samples(50, state.graph.input_shape)
-    trained = []
+    split = (inputs[:30], labels[:30]), (inputs[30:], labels[30:])
+    trained, settings, alphas = [], TrainingSettings(2, 8, "adam"), [(0.01,) * len(state.graph.layers)]
     for each in (state, state.as_one_task):
-        pack = Pack(each, 2, [(0.01,) * len(each.graph.layers)], draw(each, 2, seed=1, task=3))
-        parts = [pack.features(inputs[part], labels[part]) for part in (slice(30), slice(30, 50))]
-        run_all(Training(pack, [0.02], *parts, TrainingSettings(2, 8, "adam"), 0, 3))
+        pack = Pack(each, 2, alphas, draw(each, 2, seed=1, task=3))
+        parts = [pack.features(*part) for part in split]
+        run_all(Training(pack, [0.02], *parts, settings, 0, 3))
         point = pack.point(0, pack.activities(parts[0])[0])
-        trained.append((point.to_bytes(), Candidate(each, point, inputs, labels).num_correct()))
+        record = scan(Candidate(each, point, inputs, labels), 0, 20, "per_layer")
+        again = Pack(each, 2, alphas, [point.pruned(each.graph, dict.fromkeys(each.born, 0.1))])
+        run_all(Training(again, [0.02], *(again.features(*part) for part in split), settings, 0, 3))
+        rounds = [pack.point(0, pack.activities(pack.features(*split[0]))[0]).to_bytes() for pack in (pack, again)]
+        trained.append((rounds, replace(record, seconds=0.0)))
     assert state.as_one_task.faults() == []
     assert trained[0] == trained[1]
 

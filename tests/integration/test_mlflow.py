@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
+import threading
 import urllib.request
 from contextlib import suppress
 from dataclasses import replace
@@ -495,11 +496,27 @@ def test_runs_are_logged_where_their_figures_cannot_be_drawn(finished: RunFolder
 
 
 def test_an_interrupt_ends_the_publishers_thread(finished: RunFolder, sweep: Sweep) -> None:
+    begun, left = threading.Event(), threading.Event()
+
+    def draw(*_: Any) -> None:
+        begun.set()
+        left.wait()
+
+    def interrupted() -> None:
+        with publisher:
+            publisher.points_finished([])
+            begun.wait()
+            publisher.points_finished([])
+            raise KeyboardInterrupt
+
     publisher = Publisher(finished, sweep)
-    with pytest.raises(KeyboardInterrupt), publisher:
-        raise KeyboardInterrupt
-    publisher._thread.join(60)
-    assert not publisher._thread.is_alive()
+    publisher.beside = draw
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    left.set()
+    publisher._thread.join()
+    assert publisher.unavailable == "InterruptedError: the sequence was interrupted"
+    assert sorted(run.data.tags["clnp.level"] for run in runs_of(sweep).values()) == ["sequence", "task"]
 
 
 def test_a_server_that_never_answers_is_given_up(

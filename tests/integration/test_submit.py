@@ -21,6 +21,7 @@ from builders import make_sweep
 from command_line import Cli
 from servers import HEAD, RayNodes, free_port
 
+from clnp_search.cli.options import located
 from clnp_search.config import load_sweep
 from clnp_search.errors import MachineFault
 from clnp_search.search import retries
@@ -48,17 +49,16 @@ def job_server(nodes: RayNodes, monkeypatch: pytest.MonkeyPatch) -> str:
     return nodes.url
 
 
-def test_a_job_is_the_same_from_wherever_it_is_sent() -> None:
-    ids = {
-        job_of(
-            make_sweep(modules=[folder], scenario={"name": "permuted_digits", "root": folder}),
-            "run",
-            "http://head:8265",
-        ).submission_id
-        for folder in ("/first", "/second")
-    }
-    assert len(ids) == 1
-    assert job_of(make_sweep(seed=1), "run", "http://head:8265").submission_id not in ids
+def test_a_job_is_the_same_from_wherever_it_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def sent(root: str, seed: int = 0) -> str:
+        scenario = {"name": "permuted_digits", "root": root}
+        sweep = make_sweep(seed=seed, modules=["."], scenario=scenario, storage="s3://bucket/runs")
+        return job_of(located(sweep, None, "http://mlflow:5000"), "run", "http://head:8265").submission_id
+
+    here = sent("data/"), sent("/data"), sent("/data", seed=1)
+    monkeypatch.chdir(tmp_path)
+    assert (sent("data/"), sent("/data"), sent("/data", seed=1)) == here
+    assert len(set(here)) == 3
 
 
 def test_a_submitted_run_ends_like_a_local_one_and_is_one_job_when_sent_twice(

@@ -258,7 +258,7 @@ def test_a_full_network_can_be_planned(head: str) -> None:
 @pytest.mark.parametrize("network", GRAPHS)
 def test_the_arithmetic_of_shapes_is_that_of_a_pack(network: str, head: str, num_tasks: int) -> None:
     state = make_state(Architecture(GRAPHS[network], head), num_tasks)
-    pack = Pack(state, 2, [(0.0,) * len(state.graph.layers)] * 2, draw(state, 2, 0))
+    pack = Pack(state, 2, [(0.0,) * len(state.graph.layers)] * 2, draw(state, 2, 0, state.num_tasks))
     assert 2 * training_flop(state.architecture, active_units(state), 2) == pack.training_flop
 
 
