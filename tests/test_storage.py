@@ -136,8 +136,12 @@ def test_an_interrupt_while_an_object_is_put_leaves_it_whole() -> None:
     store = folder._filesystem
     store.create_dir("run")
     folder._filesystem = Interrupted(store)
-    with pytest.raises(KeyboardInterrupt):
-        folder.write("plan.json", b"whole")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            folder.write("plan.json", b"whole")
+    finally:
+        signal.signal(signal.SIGINT, before)
     for thread in threading.enumerate():
         if thread.name.startswith("ThreadPoolExecutor"):  # that the interrupt may not have waited for
             thread.join()
