@@ -44,14 +44,14 @@ def shown(
     terminal: bool = True,
     tasks: str = "every",
     results: Sequence[TaskResult] = (),
-    mlflow: str = "",
+    publishing: str = "",
 ) -> list[str]:
     """What is printed of a sequence of three tasks with ten epochs; of what is live, how it ends."""
     console = Console(file=io.StringIO(), force_terminal=terminal, width=width)
     scenario = {"name": "permuted_digits", "tasks": 3}
     search = {"alpha": [0.0], "learning_rate": [0.01], "tasks": tasks}
     sweep = make_sweep(scenario=scenario, training={"epochs": 10}, search=search)
-    with LiveView(console, sweep, "run", results, lambda: mlflow) as seen:
+    with LiveView(console, sweep, "run", results, lambda: publishing) as seen:
         happen(seen)
     assert isinstance(console.file, io.StringIO)
     lines = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", console.file.getvalue()).replace("\r", "\n").split("\n")
@@ -177,9 +177,9 @@ def test_where_every_point_failed_no_best_one_is_announced(clock: Clock) -> None
 
 
 def test_a_terminal_says_how_mlflow_is_doing(clock: Clock) -> None:
-    assert shown(training(clock, 30), mlflow="up to date")[-1] == "MLflow is up to date"
+    assert shown(training(clock, 30), publishing="MLflow is up to date")[-1] == "MLflow is up to date"
     for terminal in (True, False):
-        lines = shown(training(clock, 30), terminal=terminal, mlflow="behind: nobody answers")
+        lines = shown(training(clock, 30), terminal=terminal, publishing="MLflow is behind: nobody answers")
         assert any(line.endswith("MLflow is behind: nobody answers") for line in lines)
 
 
@@ -192,7 +192,10 @@ def test_every_line_fits_a_narrow_terminal(clock: Clock, width: int) -> None:
     progress = PackProgress({0: 10, 1: 9}, (1, 0.98765), tuple(range(4)))
     name = "a-permutation-with-a-name-that-does-not-end-before-the-line-does-although-it-should"
     lines = shown(
-        training(clock, 7200, progress, task=1, name=name), width, results=results, mlflow="behind: " + "no " * 99
+        training(clock, 7200, progress, task=1, name=name),
+        width,
+        results=results,
+        publishing="MLflow is behind: " + "no " * 99,
     )
     live = lines[-10:]
     assert max(map(len, live)) <= width

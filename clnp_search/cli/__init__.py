@@ -434,9 +434,9 @@ def drive(sweep: Sweep, folder: RunFolder, address: str, retry_failed: bool = Fa
         raise MachineFault(
             f"{what}\nEvery finished point is kept. Once the cause is gone, go on with: {_again(folder, begun)}"
         ) from error
-    if publisher.unavailable:
+    if publisher.behind:
         err.print(
-            f"[yellow]Figures and MLflow are behind: {publisher.unavailable}[/]\n"
+            f"[yellow]{publisher.behind}[/]\n"
             f"The records wait in the run folder; `clnp-search resume {as_typed(folder)}` logs them later."
         )
     return summary

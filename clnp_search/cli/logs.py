@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from clnp_search.cli.console import err
+from clnp_search.cli.publisher import BEHIND
 from clnp_search.listener import Listener
 from clnp_search.records import PackProgress, PointRecord, Summary, TaskPlan, TaskResult
 
@@ -83,7 +84,7 @@ class EventLog(Listener):
     Args:
         name: The run's.
         results: Tasks that are committed as the run starts.
-        tracking: Says how MLflow is doing; nothing if there is nothing to say.
+        tracking: Says what is behind, or how MLflow is doing; nothing if there is nothing to say.
     """
 
     def __init__(
@@ -109,8 +110,8 @@ class EventLog(Listener):
         _context["task"] = plan.task
         self._plan, self._done = plan, {record.point.index for record in finished}
         self._log("task planned", task_name=plan.name, round=plan.round, packs=len(plan.packs), **self._counts)
-        if (tracking := self._tracking()).startswith("behind"):
-            self._log(f"MLflow is {tracking}", logging.WARNING)
+        if BEHIND in (tracking := self._tracking()):
+            self._log(tracking, logging.WARNING)
 
     def training(self, progress: PackProgress) -> None:
         """Logs points that have ended."""

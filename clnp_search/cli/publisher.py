@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from clnp_search.tracking.mlflow import MlflowTracker
 
 logger = logging.getLogger(__name__)
+BEHIND = " behind: "  # in what is said if it is to worry about
 DRAW_EVERY_S = 20.0  # figures of the whole run; they are drawn when it ends in any case
 LEAVE_S = 1.0  # that an interrupt waits for a request that is under way
 
@@ -32,18 +33,19 @@ class Publisher(Listener):
 
     Attributes:
         beside: Calls a function with its arguments where it is not in the search's way, if there is such a place.
-        unavailable: Why the last projection was not written, if it was not.
+        behind: What of the last projection was not written, and why, in words; empty if all of it was.
     """
 
     def __init__(self, folder: RunFolder, sweep: Sweep) -> None:
         self.beside: Callable[..., None] = _here
-        self.unavailable = ""
+        self.behind = ""
         self._busy = self._is_left = False
         self._folder, self._sweep = folder, sweep
         self._tracker: MlflowTracker | None = None
+        self._summary: Summary | None = None  # that is projected
         self._drawn: Summary | None = None  # of which all figures are there
         self._drawn_at = -math.inf
-        self._events: queue.SimpleQueue[Summary | None] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[bool] = queue.SimpleQueue()  # something moved; False is the end
         self._thread = threading.Thread(target=self._work, name="publisher", daemon=True)
 
     def __enter__(self) -> Publisher:
@@ -53,7 +55,7 @@ class Publisher(Listener):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._events.put(None)
+        self._events.put(False)
         # An interrupt waits for no server, whenever it comes: what is not written yet, a resume writes.
         if kind is not None and not issubclass(kind, Exception):
             self._is_left = True
@@ -64,61 +66,66 @@ class Publisher(Listener):
         except BaseException:
             self._is_left = True
             raise
-        if (summary := self._folder.read_summary()) is not None:
-            self._publish(summary)  # what is left, here: nothing else needs the cores any more
+        self._publish()  # what is left, here: nothing else needs the cores any more
 
     def state(self) -> str:
-        """How MLflow is doing, in words; nothing if runs are not logged."""
-        if self.unavailable:
-            return f"behind: {self.unavailable}"
-        if self._sweep.tracking.uri == "none":
-            return ""
-        return "being written" if self._busy or not self._events.empty() else "up to date"
+        """What is behind, or how MLflow is doing, in words; nothing if runs are not logged."""
+        if self.behind or self._sweep.tracking.uri == "none":
+            return self.behind
+        return f"MLflow is {'being written' if self._busy or not self._events.empty() else 'up to date'}"
 
     def task_planned(self, plan: TaskPlan, finished: Sequence[PointRecord]) -> None:
         """Opens the task's run, so that it is seen from the start."""
-        self._events.put(self._folder.read_summary())
+        self._events.put(True)
 
     def points_finished(self, records: Sequence[PointRecord]) -> None:
         """Logs the task's points."""
-        self._events.put(self._folder.read_summary())
+        self._events.put(True)
 
     def committed(self, summary: Summary, seconds: float) -> None:
         """Draws and logs the task."""
-        self._events.put(summary)
+        self._events.put(True)
 
     def _work(self) -> None:
-        while (summary := self._newest()) is not None and not self._is_left:
-            self._publish(summary)
+        while self._moved() and not self._is_left:
+            self._publish()
 
-    def _publish(self, summary: Summary) -> None:
+    def _publish(self) -> None:
         self._busy, faults = True, []
-        for step in (self._draw, self._log):
+        for step, what in (
+            (self._read, "figures and MLflow are"),
+            (self._draw, "figures are"),
+            (self._log, "MLflow is"),
+        ):
             try:
-                step(summary)
+                step()
             except Exception as error:  # whatever it is, the search goes on and the run folder keeps the records
-                faults.append(f"{type(error).__name__}: {error}")
+                faults.append(f"{what}{BEHIND}{type(error).__name__}: {error}")
                 logger.debug("not published", exc_info=True)
-        self.unavailable = "; ".join(faults)
+        self.behind = "; ".join(faults)
         self._busy = False
 
-    def _draw(self, summary: Summary) -> None:
+    def _read(self) -> None:
+        self._summary = self._folder.read_summary()
+
+    def _draw(self) -> None:
         # Imported with the first event: until then the search's own start needs the cores.
         from clnp_search.report.figures import draw_run
 
-        if summary.tasks and summary != self._drawn:
+        summary = self._summary
+        if summary is not None and summary.tasks and summary != self._drawn:
             # Small tasks take no longer than a figure of all of them.
             whole = summary.status != "running" or time.monotonic() - self._drawn_at >= DRAW_EVERY_S
             self.beside(draw_run, self._folder, summary, whole)
             if whole:
                 self._drawn, self._drawn_at = summary, time.monotonic()
 
-    def _log(self, summary: Summary) -> None:
+    def _log(self) -> None:
         from clnp_search.tracking.mlflow import MlflowTracker
 
-        if self._sweep.tracking.uri != "none":
+        if self._summary is not None and self._sweep.tracking.uri != "none":
             self._tracker = self._tracker or MlflowTracker(self._folder, self._sweep)
-            self._tracker.sync(summary, self._is_superseded)
+            self._tracker.sync(self._summary, self._is_superseded)
 
     def _is_superseded(self) -> bool:
         """Whether a later event waits.
@@ -130,16 +137,14 @@ class Publisher(Listener):
             raise InterruptedError("the sequence was interrupted")
         return not self._events.empty()
 
-    def _newest(self) -> Summary | None:
-        """The last event that waits: a projection of it includes those before. None is the end and comes last."""
-        newest = self._events.get()
-        while newest is not None and not self._events.empty():
-            following = self._events.get()
-            if following is None:
-                self._events.put(None)
+    def _moved(self) -> bool:
+        """Waits for an event, and takes those behind it along: one projection includes them all. False at the end."""
+        moved = self._events.get()
+        while moved and not self._events.empty():
+            if not self._events.get():
+                self._events.put(False)
                 break
-            newest = following
-        return newest
+        return moved
 
 
 def _here(function: Callable[..., None], *arguments: Any) -> None:

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from clnp_search.cli.console import count, duration
+from clnp_search.cli.publisher import BEHIND
 from clnp_search.config import Sweep
 from clnp_search.listener import Listener
 from clnp_search.records import PackProgress, PointRecord, Summary, TaskPlan, TaskResult, Units
@@ -24,7 +25,6 @@ LINE_EVERY_S = 60.0
 SCARCE = 0.05  # of a group's units: with fewer free ones it is nearly full
 MAX_GROUPS = 4  # that are shown one by one
 LABEL_WIDTH, BAR_WIDTH, TEXT_WIDTH = 16, 40, 42  # at most; a bar has what the others leave of the terminal
-BEHIND = "behind"  # how a state of MLflow begins that is to worry about
 
 
 class LiveView(Listener):
@@ -33,7 +33,7 @@ class LiveView(Listener):
     Args:
         name: The run's.
         results: Tasks that are committed as the run starts.
-        tracking: Says how MLflow is doing; nothing if there is nothing to say.
+        tracking: Says what is behind, or how MLflow is doing; nothing if there is nothing to say.
         finished: Whether nothing is left to train.
     """
 
@@ -151,10 +151,10 @@ class LiveView(Listener):
             self._console.print(Text.assemble((mark, style), " ", text))
 
     def _say_tracking(self) -> None:
-        """Prints how MLflow is doing when that is something new to worry about."""
+        """Prints what is behind when that is new."""
         said, self._tracking_said = self._tracking_said, self._tracking()
-        if self._tracking_said.startswith(BEHIND) and self._tracking_said != said:
-            self._line(f"MLflow is {self._tracking_said}", "!", "yellow")
+        if BEHIND in self._tracking_said and self._tracking_said != said:
+            self._line(self._tracking_said, "!", "yellow")
 
     # What is shown, as text
 
@@ -271,7 +271,7 @@ class LiveView(Listener):
         if failed := self._failed():
             yield f"failed {failed}", "red"
         if tracking := self._tracking():
-            yield f"MLflow is {tracking}", "yellow" if tracking.startswith(BEHIND) else "dim"
+            yield tracking, "yellow" if BEHIND in tracking else "dim"
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,7 @@ def test_a_run_is_complete_with_the_right_password_and_waits_with_a_wrong_one(
     run = ("run", "sweep.yaml", "--tracking-uri", team_server, *SMALL)
     sign_in(monkeypatch, (ADA[0], "not hers"))
     answer = cli(*run)
-    assert "MLflow are behind: " in answer.stderr
+    assert "MLflow is behind: " in answer.stderr
     assert "MLFLOW_TRACKING_USERNAME" in answer.stderr
     assert "Traceback" not in answer.stderr
     answer = cli("register", "sweep", status=1)

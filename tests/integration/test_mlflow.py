@@ -479,8 +479,8 @@ def test_the_publisher_says_how_mlflow_is_doing(finished: RunFolder, sweep: Swee
             publisher.points_finished([])
         return publisher.state()
 
-    assert state(f"http://127.0.0.1:{free_port()}").startswith("behind: TrackingUnavailable: ")
-    assert state(sweep.tracking.uri) == "up to date"
+    assert state(f"http://127.0.0.1:{free_port()}").startswith("MLflow is behind: TrackingUnavailable: ")
+    assert state(sweep.tracking.uri) == "MLflow is up to date"
     assert state("none") == ""
 
 
@@ -491,8 +491,23 @@ def test_runs_are_logged_where_their_figures_cannot_be_drawn(finished: RunFolder
     with Publisher(finished, sweep) as publisher:
         publisher.beside = refuse
         publisher.points_finished([])
-    assert publisher.state() == "behind: ValueError: no picture"
+    assert publisher.state() == "figures are behind: ValueError: no picture"
     assert len(runs_of(sweep)) == 1 + 2 + 8  # the sequence, its tasks, their points
+
+
+def test_a_store_that_is_away_when_the_summary_is_read_stops_no_search(
+    finished: RunFolder, sweep: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away() -> None:
+        raise OSError("the store is away")
+
+    with monkeypatch.context() as patch, Publisher(finished, sweep) as publisher:
+        patch.setattr(finished, "read_summary", away)
+        publisher.points_finished([])
+    assert publisher.state() == "figures and MLflow are behind: OSError: the store is away"
+    with Publisher(finished, sweep) as publisher:
+        publisher.points_finished([])
+    assert publisher.state() == "MLflow is up to date"
 
 
 def test_an_interrupt_ends_the_publishers_thread(finished: RunFolder, sweep: Sweep) -> None:
@@ -515,7 +530,7 @@ def test_an_interrupt_ends_the_publishers_thread(finished: RunFolder, sweep: Swe
         interrupted()
     left.set()
     publisher._thread.join()
-    assert publisher.unavailable == "InterruptedError: the sequence was interrupted"
+    assert publisher.behind == "MLflow is behind: InterruptedError: the sequence was interrupted"
     assert sorted(run.data.tags["clnp.level"] for run in runs_of(sweep).values()) == ["sequence", "task"]
 
 

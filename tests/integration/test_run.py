@@ -299,7 +299,7 @@ def test_a_run_from_python_is_the_same_run_and_its_tables_are_those_of_its_files
     # A tracking server that is down is said before the first task, and again at the end.
     first, *_, behind, _ = answer.stderr.splitlines()
     assert first.startswith("MLflow: nothing answers at 127.0.0.1:9: ")
-    assert behind.startswith("Figures and MLflow are behind: ")
+    assert behind.startswith("MLflow is behind: ")
     run = clnp_search.load(finished)
     for task in (0, 1, 2):
         rows = read_csv(finished / "tasks" / f"{task:03d}" / "points.csv")
