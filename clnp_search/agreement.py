@@ -6,7 +6,8 @@ anything is built on it. What is written down by hand is not trusted more than w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -36,12 +37,13 @@ def check_sweep(folder: RunFolder, sweep: Sweep) -> None:
             _check_settings(folder, plan, sweep_at(folder, sweep, plan))
 
 
-def check_plan(folder: RunFolder, plan: TaskPlan, sweep: Sweep, parent: str, data: str, task: Task) -> None:
+def check_plan(folder: RunFolder, plan: TaskPlan, sweep: Sweep, parent: str, data: str, drawn: str, task: Task) -> None:
     """Holds a task's plan against all that should have decided it.
 
     Args:
         parent: Digest of the state before the task.
         data: Digest of the data set.
+        drawn: Digest of a user's module's initial weights.
 
     Raises:
         InputError: Something is not as it was when the task was planned; says what.
@@ -56,9 +58,10 @@ def check_plan(folder: RunFolder, plan: TaskPlan, sweep: Sweep, parent: str, dat
             else f"{folder.uri}: the run was begun with another network than its sweep gives now: the module, or a "
             "library that it is made of, has changed"
         )
-    keys = tuple(point_key(parent, task, data, sweep, point, plan.numerics) for point in plan.points)
+    keys = tuple(point_key(parent, task, data, drawn, sweep, point, plan.numerics) for point in plan.points)
     if plan.keys != keys:
-        raise InputError(f"{where}: the keys of its points are not those of its settings; its plan was changed")
+        changed = "its plan, or the weights that the module's constructor draws," if drawn else "its plan"
+        raise InputError(f"{where}: the keys of its points are not those of its settings; {changed} was changed")
 
 
 def check_data(folder: RunFolder, plan: TaskPlan, data: str) -> None:
@@ -126,6 +129,25 @@ def chosen_from(steps: Sequence[Step], spent: Spent, rules: ForgettingConfig) ->
     return Chosen(records, step.scans, choice, kept, 0 < number == rules.finetune_rounds, reasons)
 
 
+def step_after(
+    plan: TaskPlan,
+    records: list[PointRecord],
+    before: Sequence[ScanRecord],
+    rules: ForgettingConfig,
+    scan: Callable[[list[PointRecord]], list[ScanRecord]],
+) -> Step:
+    """What a task's candidates have come to after a fine-tune round.
+
+    Args:
+        records: Of the round's end.
+        before: The scans by which they were pruned before it.
+        scan: Gives the scans of candidates; after the last round nothing is pruned, and none is needed.
+    """
+    if plan.round == rules.finetune_rounds:
+        return Step(records, retrained(before, records))
+    return Step(records, scan([record for record in records if record.status == "done"]))
+
+
 def chosen_by_mean(records: list[PointRecord]) -> Chosen:
     """What a baseline's task chooses."""
     choice = selection.best_mean(records)
@@ -141,19 +163,14 @@ def recorded_choice(folder: RunFolder, plan: TaskPlan, rules: ForgettingConfig) 
     records = _recorded(folder, plan)
     results = folder.read_results()
     budget = Budget(tuple(results[plan.task].units), results[: plan.task], plan.num_tasks)
-    find = partial(_recorded_scans, folder, plan, rule=rules.rule)
-    spent = selection.spend(records, rules.margins, rules.sparsity, budget, find)
+    find = partial(_recorded_scans, folder, rule=rules.rule)
+    spent = selection.spend(records, rules.margins, rules.sparsity, budget, partial(find, plan))
     steps = [Step(records, spent.scans)]
     while steps[-1].passing and plan.round < rules.finetune_rounds:
         scans = steps[-1].scans
         plan = round_plan(plan, scans, rules)
-        records = _recorded(folder, plan)
-        if plan.round < rules.finetune_rounds:
-            done = [record for record in records if record.status == "done"]
-            scans = _recorded_scans(folder, plan, done, spent.limit, rules.rule)
-        else:
-            scans = retrained(scans, records)
-        steps.append(Step(records, scans))
+        scan = partial(find, plan, limit=spent.limit)
+        steps.append(step_after(plan, _recorded(folder, plan), scans, rules, scan))
     return _as_recorded(folder, plan.task, chosen_from(steps, spent, rules))
 
 
@@ -243,7 +260,7 @@ def _check_settings(folder: RunFolder, plan: TaskPlan, sweep: Sweep) -> None:
     changed = [
         f"{key} {then.get(key, 'unset')} -> {now.get(key, 'unset')}"
         for key in (now | then)
-        if then.get(key, ...) != now.get(key, ...)
+        if json.dumps(then.get(key)) != json.dumps(now.get(key))  # as text: the order of an alpha's patterns counts
     ]
     if changed:
         raise InputError(

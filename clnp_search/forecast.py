@@ -38,12 +38,16 @@ def forecast(results: Sequence[TaskResult]) -> dict[str, Forecast]:
     return found
 
 
-def in_words(results: Sequence[TaskResult], num_tasks: int | None) -> list[str]:
-    """A sentence for each group that is full, or will be before the last task."""
+def in_words(results: Sequence[TaskResult], num_tasks: int | None, widens: bool = False) -> list[str]:
+    """A sentence for each group that is full, or will be before the last task.
+
+    Args:
+        widens: Whether full groups are widened.
+    """
     sentences = []
     for group, each in forecast(results).items():
         if not each.free:
-            sentences.append(f"{group} is full")
+            sentences.append(f"{group} is full" + ", and is widened for the next task" * widens)
         elif each.full_in is not None and (num_tasks is None or each.full_in < num_tasks):
             sentences.append(
                 f"{group} will be full in task {each.full_in}: {each.free} units free, "

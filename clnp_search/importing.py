@@ -88,7 +88,7 @@ def _module(key: str, path: str, name: str, places: Sequence[str]) -> Any:
             looked = " or ".join(places)
             raise InputError(f"{key}: {path!r}: no module {error.name!r}, neither in {looked} nor installed") from error
         raise InputError(f"{key}: {path!r}: {name} needs {error.name!r}, which is not there") from error
-    except Exception as error:  # a user's module may raise anything
+    except (Exception, SystemExit) as error:  # a user's module may raise anything, and end as a script does
         raise InputError(f"{key}: {path!r}: importing {name} raised {described(error)}") from error
 
 

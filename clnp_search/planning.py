@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 
 import torch
 
 from clnp_search.clnp.rates import matrix_rate
 from clnp_search.errors import InputError
-from clnp_search.records import Environment, Point, TaskPlan, TaskResult
+from clnp_search.records import Point, TaskPlan, TaskResult
 from clnp_search.search.capacity import Capacity
 from clnp_search.search.points import MemoryEstimate, cache_share, training_flop
 from clnp_search.search.proposals import first_points
@@ -95,7 +94,8 @@ def plan_run(sequence: TaskSequence, folder: RunFolder, capacity: Capacity, meas
     widths = {group: each.total for group, each in units.items()}
     wider = widths | sequence.wider(units)
     left = [_Workload(sequence, folder, index, wider, active, capacity) for index in range(len(done), len(sequence))]
-    if not left:
+    stops = sequence.sweep.capacity.on_depletion == "stop" and any(not each.free for each in units.values())
+    if not left or stops:
         return RunPlan(done, (), "")
     if measure:
         pace: Pace | None = _measured(left[0])
@@ -147,8 +147,7 @@ class _Workload:
         searched = index == 0 or sweep.search.tasks == "every"
         self.num_points = max(len(self.points), sweep.num_points if searched else 0)
         sample_flop = training_flop(architecture, active, data.info.num_classes)
-        tasks = index + 1 if sweep.method == "joint" else 1
-        steps = math.ceil(tasks * len(data.train) / sweep.training.batch_size)
+        steps = math.ceil(sequence.sizes(index)[0] / sweep.training.batch_size)
         # Trials of one wave train side by side, so a task takes as long as its largest pack, wave after wave.
         self.waves = math.ceil(len(self.packs) / capacity.num_slots) * math.ceil(self.num_points / len(self.points))
         self.pack_size = max(len(pack) for pack in self.packs)
@@ -177,19 +176,16 @@ class _Workload:
     def measured_step(self) -> float:
         """Seconds of a step of the largest pack, by training some; nothing is written."""
         needed, present = self.memory.total(self.pack_size), self._capacity.slot_bytes
+        if self._sequence.sweep.resources.gpu and not torch.cuda.is_available():
+            raise InputError("--measure: trains here, where there is no GPU that can be used, and resources.gpu asks")
         if needed > present:
             raise InputError(f"--measure: a trial needs {needed >> 20} MiB, and {present >> 20} MiB are present")
-        sequence, index, sweep = self._sequence, self.index, self._sequence.sweep
+        sequence, index, _sweep = self._sequence, self.index, self._sequence.sweep
         state = sequence.empty_state() if index == 0 else sequence.start_of(index, self._folder.read_state(index - 1))
-        environment = Environment(
-            sweep.resources.device,
-            sweep.resources.cpu,
-            sweep.training.precision,
-            torch.__version__,
-            version("clnp-search"),
-        )
         name, keys, cache = sequence.task(index).name, ("",) * len(self.points), cache_share(present)
-        plan = TaskPlan(index, name, state.digest, self.points, keys, self.packs, environment, cache_bytes=cache)
+        plan = TaskPlan(
+            index, name, state.digest, self.points, keys, self.packs, sequence.environment, cache_bytes=cache
+        )
         inputs = TaskInputs(sequence.run_inputs(self._folder), plan, state, sequence.drawn(index))
         largest = max(self.packs, key=len)
         return measure_step(inputs, [self.points[each] for each in largest], MEASURED_STEPS)
@@ -197,18 +193,21 @@ class _Workload:
 
 def _measured(workload: _Workload) -> Pace:
     step_s = workload.measured_step()
-    return Pace(
-        workload.step_flop / step_s, 0.0, TASK_S, f"measured: {1000 * step_s:.3g} ms a step of the largest pack"
-    )
+    return _pace(workload, step_s, TASK_S, f"measured: {1000 * step_s:.3g} ms a step of the largest pack")
 
 
-def _recorded(result: TaskResult, workload: _Workload) -> Pace | None:
-    if not workload.step_flop:
-        return None  # no unit was left to train
+def _recorded(result: TaskResult, workload: _Workload) -> Pace:
     # A task that was cut short, or that a fork took over, took longer than its last session: as long as its trials.
     seconds = max(result.seconds, workload.trial_seconds)
-    flop = workload.steps * workload.step_flop
-    return Pace(flop / seconds, 0.0, 0.0, f"at the pace of task {result.index}, which took {seconds:.0f} s")
+    source = f"at the pace of task {result.index}, which took {seconds:.0f} s"
+    return _pace(workload, seconds / workload.steps, 0.0, source)
+
+
+def _pace(workload: _Workload, step_s: float, task_s: float, source: str) -> Pace:
+    """That of a task whose steps took so long; where no unit was left to train, all steps take as long."""
+    if not workload.step_flop:
+        return Pace(math.inf, step_s, task_s, source)
+    return Pace(workload.step_flop / step_s, 0.0, task_s, source)
 
 
 def _assumed(sequence: TaskSequence) -> Pace | None:

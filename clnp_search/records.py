@@ -7,6 +7,7 @@ could not have come about is refused where it is made, so that nothing has to ex
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -410,6 +411,14 @@ class Summary:
 def margin_text(margin: float | str | None) -> str:
     """A margin as people write it, `0.05%` or `auto`; nothing of a method that has none."""
     return f"{100 * margin:g}%" if isinstance(margin, float) else margin or ""
+
+
+def layer_values(values: Sequence[float], most: int, separator: str = ", ") -> str:
+    """Values of the layers as people read them: one number if all are equal, a list of few, the range of more."""
+    texts = [f"{value:.3g}" for value in values]
+    if len(set(texts)) == 1:
+        return texts[0]
+    return separator.join(texts) if len(texts) <= most else f"{min(values):.3g} to {max(values):.3g}"
 
 
 def summarise(name: str, status: RunStatus, seed: int, state_digest: str, tasks: tuple[TaskResult, ...]) -> Summary:

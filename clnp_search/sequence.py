@@ -12,7 +12,6 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import cached_property, partial
 from importlib.metadata import version
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,10 +26,11 @@ from clnp_search.agreement import (
     chosen_from,
     recorded_best,
     recorded_choice,
+    step_after,
 )
 from clnp_search.clnp.rates import matrix_rate
 from clnp_search.clnp.seeds import generator
-from clnp_search.clnp.state import FREE, Architecture, Parameters, State, commit
+from clnp_search.clnp.state import FREE, Architecture, Parameters, State, commit, tensors_digest
 from clnp_search.clnp.subnetwork import Cut, Subnetwork, cuts
 from clnp_search.config import Sweep, sweep_at
 from clnp_search.errors import Damaged, InputError, MachineFault, NoModel
@@ -61,7 +61,6 @@ from clnp_search.search.points import (
     estimate_memory,
     pack_points,
     point_key,
-    retrained,
     round_plan,
     scan_flop,
     training_flop,
@@ -117,12 +116,14 @@ class TaskSequence:
 
     def key(self, state: State, index: int, point: Point) -> str:
         """The hash of all that a point's result depends on, besides the machine."""
-        return point_key(state.digest, self.task(index), self.data_digest(index), self.sweep, point)
+        digests = state.digest, self.task(index), self.data_digest(index), self.drawn_digest
+        return point_key(*digests, self.sweep, point)
 
-    def num_samples(self) -> list[int]:
-        """How many samples each task is trained on: its own, or those of all tasks so far."""
-        own = [self.scenario.num_train(index) for index in range(len(self))]
-        return [*accumulate(own)] if self.sweep.method == "joint" else own
+    def sizes(self, index: int) -> tuple[int, int]:
+        """How many samples a task is trained on, and validated on: its own, or those of all tasks so far."""
+        first = 0 if self.sweep.method == "joint" else index
+        train, validation = zip(*(self.scenario.sizes(each) for each in range(first, index + 1)), strict=True)
+        return sum(train), sum(validation)
 
     def data_digest(self, index: int) -> str:
         """SHA-256 of the samples and splits of the task at `index`, and of how its network sees them; of all tasks so
@@ -145,7 +146,8 @@ class TaskSequence:
         """
         plan = folder.read_plan(index) if index < len(self) else None
         if plan is not None:
-            check_plan(folder, plan, self.sweep, parent_digest, self.data_digest(index), self.task(index))
+            digests = parent_digest, self.data_digest(index), self.drawn_digest
+            check_plan(folder, plan, self.sweep, *digests, self.task(index))
         return plan
 
     @cached_property
@@ -158,6 +160,15 @@ class TaskSequence:
         seed = generator(self.sweep.seed, "init", index).initial_seed()
         return self.sweep.draw(self.scenario.input_shape, seed)
 
+    @cached_property
+    def drawn_digest(self) -> str:
+        """SHA-256 of what a module's own constructor draws for the first task, which speaks for all of them; empty for
+        networks of ours.
+        """
+        drawn = self.drawn(0)
+        tensors = {f"{node}.{name}": tensor for node, own in (drawn or {}).items() for name, tensor in own.items()}
+        return tensors_digest("drawn", tensors) if tensors else ""
+
     def start_of(self, index: int, state: State) -> State:
         """The state that the task at `index` starts from: the one after the task before, wider where it was full."""
         wider = self.wider(count_units(state)) if index else {}
@@ -166,10 +177,16 @@ class TaskSequence:
     def wider(self, units: Mapping[str, Units]) -> dict[str, int]:
         """How many units the groups that are full after a task have when the next one starts; empty if none grows."""
         capacity = self.sweep.capacity
-        if capacity.on_depletion != "expand":
+        if not capacity.widens:
             return {}
         full = {group: each.total for group, each in units.items() if not each.free}
         return {group: total + math.ceil(total * capacity.expand_by) for group, total in full.items()}
+
+    @property
+    def environment(self) -> Environment:
+        """What bits depend on besides the settings, as trials are to have it."""
+        resources, precision = self.sweep.resources, self.sweep.training.precision
+        return Environment(resources.device, resources.cpu, precision, torch.__version__, version("clnp-search"))
 
     def run_inputs(self, folder: RunFolder) -> RunInputs:
         """What the trials and scans of all tasks read."""
@@ -201,22 +218,20 @@ class TaskSequence:
             active: Units of each group that are frozen already.
             slot_bytes: What there is for it.
         """
-        data, baseline = self.data(index), self.sweep.baseline
-        classes, settings, device = data.info.num_classes, self.sweep.training.settings, self.sweep.resources.device
-        train, validation = len(data.train), len(data.validation)
-        if baseline is None:
+        classes, sizes = self.data(index).info.num_classes, self.sizes(index)
+        settings, device = self.sweep.training.settings, self.sweep.resources.device
+        if self.sweep.method == "clnp":
             cache = cache_share(slot_bytes)
-            return estimate_memory(architecture, active, classes, train, validation, settings, device, cache)
-        tasks = index + 1 if baseline.JOINT else 1
-        estimate = estimate_memory(architecture, {}, classes, tasks * train, tasks * validation, settings, device)
+            return estimate_memory(architecture, active, classes, *sizes, settings, device, cache)
+        estimate = estimate_memory(architecture, {}, classes, *sizes, settings, device)
         # What a regulariser keeps: at most an importance, an anchor and four buffers for each parameter.
         return MemoryEstimate(estimate.fixed + estimate.per_point, 2 * estimate.per_point)
 
     def point_flop(self, architecture: Architecture, active: Mapping[str, int], index: int) -> int:
         """Floating-point operations of training one point of the task's search; arguments as `memory` has."""
-        data, training, joint = self.data(index), self.sweep.training, self.sweep.method == "joint"
-        samples = (index + 1 if joint else 1) * len(data.train) * training.epochs
-        return samples * training_flop(architecture, active, data.info.num_classes)
+        samples = self.sizes(index)[0] * self.sweep.training.epochs
+        trained = active if self.sweep.method == "clnp" else {}  # a baseline freezes no unit
+        return samples * training_flop(architecture, trained, self.data(index).info.num_classes)
 
     def scan_flop(self, architecture: Architecture, active: Mapping[str, int], index: int) -> int:
         """Floating-point operations of one candidate's scan, about; arguments as `memory` has."""
@@ -316,15 +331,15 @@ class Runner:
         """Task after task; asks for packs to be trained, after which each of their points has its record."""
         results = self._folder.read_results()
         self._check_plans(results)
-        samples = self._sequence.num_samples()
+        samples = [self._sequence.sizes(index)[0] for index in range(len(self._sequence))]
         for listener in self._listeners:
             listener.loaded(samples)
         state = self._folder.read_state(len(results) - 1) if results else self._sequence.empty_state()
         summary = self._write_summary(results, state)
         try:
             while summary.status == "running":
-                started, state = time.perf_counter(), self._sequence.start_of(len(results), state)
-                result, state = yield from self._run_task(results, state)
+                started, start = time.perf_counter(), self._sequence.start_of(len(results), state)
+                result, state = yield from self._run_task(results, start)
                 results = (*results, result)
                 summary = self._write_summary(results, state)
                 for listener in self._listeners:
@@ -352,7 +367,7 @@ class Runner:
         plans = []
         for index in range(len(results) + 1):
             parent = results[index - 1].state_digest if index else self._sequence.empty_state().digest
-            if index and self._sweep.capacity.on_depletion == "expand":
+            if index and self._sweep.capacity.widens:
                 parent = self._sequence.start_of(index, folder.read_state(index - 1)).digest
             plans.append(self._sequence.read_plan(folder, index, parent))
         *committed, begun = plans
@@ -392,12 +407,8 @@ class Runner:
             plan = self._round(plan, scans)
             inputs = self._share(plan, state)
             records = yield from self._train(plan, inputs)
-            if plan.round < rules.finetune_rounds:
-                done = [record for record in records if record.status == "done"]
-                scans = self._scan(plan, inputs, done, spent.limit)
-            else:
-                scans = retrained(scans, records)
-            steps.append(Step(records, scans))
+            scan = partial(self._scan, plan, inputs, limit=spent.limit)
+            steps.append(step_after(plan, records, scans, rules, scan))
         chosen = chosen_from(steps, spent, rules)
         choice, kept = chosen.choice, chosen.kept
         check_selection(folder, index, choice)
@@ -472,7 +483,7 @@ class Runner:
             points=(),
             keys=(),
             packs=(),
-            environment=self._environment(),
+            environment=self._sequence.environment,
             settings=self._sweep.settings,
             data_digest=self._sequence.data_digest(index),
             numerics=NUMERICS,
@@ -492,12 +503,15 @@ class Runner:
         return plan
 
     def _take_over(self, plan: TaskPlan) -> None:
-        """Of a fork, what its origin has of these points."""
-        if fork := self._folder.read_fork():
-            try:
-                take_over(self._folder, RunFolder(fork.origin), plan)
-            except (InputError, OSError, RuntimeError) as error:
-                logger.warning("task %d: not all points can be taken over: %s", plan.task, error)
+        """Of a fork, what its origin has of these points, and the origin of that one, and so on."""
+        folder, seen = self._folder, {self._folder.uri}
+        try:
+            while (fork := folder.read_fork()) and fork.origin not in seen:
+                seen.add(fork.origin)
+                folder = RunFolder(fork.origin)
+                take_over(self._folder, folder, plan)
+        except (InputError, OSError, RuntimeError) as error:
+            logger.warning("task %d: no further point can be taken over: %s", plan.task, error)
 
     def _search(
         self, plan: TaskPlan, inputs: ObjectRef, state: State
@@ -563,13 +577,20 @@ class Runner:
 
     def _adopt(self, plan: TaskPlan) -> TaskPlan:
         """A plan of an earlier session; where this machine cannot keep it to the bit, the log says so."""
-        here = self._environment()
-        if (plan.environment.device, here.device) == ("cuda", "cpu"):
+        here, then = self._sequence.environment, plan.environment
+        if (then.device, here.device) == ("cuda", "cpu"):
             raise MachineFault(
                 f"task {plan.task} was planned for a GPU, of which resources.gpu: 0 gives its trials none"
             )
-        if plan.environment != here:
-            logger.warning("task %d was begun as %s and goes on as %s", plan.task, plan.environment, here)
+        if (kept := replace(here, device=then.device, threads=then.threads)) != here:
+            logger.warning(
+                "task %d goes on as it was planned, on %s with %d thread(s) a trial; later tasks are as resources says",
+                plan.task,
+                then.device,
+                then.threads,
+            )
+        if then != kept:
+            logger.warning("task %d was begun as %s and goes on as %s", plan.task, then, kept)
         return plan
 
     def _train(self, plan: TaskPlan, inputs: ObjectRef) -> Program[list[PointRecord]]:
@@ -684,15 +705,6 @@ class Runner:
     def _summary(self, status: RunStatus, results: tuple[TaskResult, ...], state: State) -> Summary:
         return summarise(self._folder.name, status, self._sweep.seed, state.digest, results)
 
-    def _environment(self) -> Environment:
-        return Environment(
-            device=self._cluster.device,
-            threads=self._sweep.resources.cpu,
-            precision=self._sweep.training.precision,
-            torch=torch.__version__,
-            clnp_search=version("clnp-search"),
-        )
-
 
 def _warn_of_slow_bf16(threads: int) -> None:
     """Says so where this machine, and so others too, multiplies more slowly in bfloat16 than in float32."""
@@ -715,7 +727,11 @@ def take_over(folder: RunFolder, origin: RunFolder, plan: TaskPlan) -> None:
         record = theirs.get(plan.keys[point.index])
         if record is None or folder.read_point(plan.task, point.name_in(plan.round)) is not None:
             continue
-        trained = origin.read_trained(plan.task, record)
+        try:
+            trained = origin.read_trained(plan.task, record)
+        except (InputError, OSError, RuntimeError) as error:
+            logger.warning("task %d: %s is not taken over: %s", plan.task, point.name, error)
+            continue
         for scan in scans:
             if scan.point == record.point.index:
                 folder.write_scan(plan.task, replace(scan, point=point.index))

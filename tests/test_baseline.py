@@ -262,7 +262,7 @@ def test_what_clnp_is_planned_with_is_as_it_was_without_methods() -> None:
 
 def test_methods_have_different_keys() -> None:
     sequence, point = TaskSequence(SWEEP), Point(0, (0.0,), 0.01)
-    keys = {point_key("", sequence.task(0), "", sweep_of_method(method), point) for method in METHODS}
+    keys = {point_key("", sequence.task(0), "", "", sweep_of_method(method), point) for method in METHODS}
     assert len(keys) == len(METHODS)
 
 

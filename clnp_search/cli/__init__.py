@@ -175,11 +175,11 @@ def run(
         _log_spread(sweep, family, [])  # makes the store ready, which several processes at a time cannot
         run_seeds(sweep, family, address, at_once)
     else:
-        first: dict[int, RunFolder] = {}
+        last: dict[int, RunFolder] = {}
         failed = []
         for member, folder in runs:
-            origin = first.setdefault(member.seed, folder)
-            if origin is not folder and not folder.exists("sweep.yaml"):
+            origin, last[member.seed] = last.get(member.seed), folder
+            if origin is not None and not folder.exists("sweep.yaml"):
                 begin(origin, member, -1, folder)  # so that it takes over what is the same
             try:
                 drive(member, folder, address, alone=False)
@@ -244,7 +244,12 @@ def fork(
         local_capacity(sweep.resources)  # raises before anything is written
     folder = run_folder(origin.storage, name)
     begin(origin, sweep, after_task, folder)
-    summary = drive(sweep, folder, address)
+    try:
+        summary = drive(sweep, folder, address)
+    except InputError:
+        if not folder.has(after_task + 1):
+            folder.delete("sweep.yaml")  # what is refused is no run: the same command can be given again, put right
+        raise
     taken, trained = points_taken_over(folder)
     if as_json:
         print_json(asdict(summary) | {"points_taken_over": taken, "points_trained": trained})
@@ -472,7 +477,7 @@ def _report(summary: Summary, folder: RunFolder, sweep: Sweep) -> None:
     out.print(summary_table(summary))
     out.print(summary_line(summary))
     full = [name for name, units in summary.tasks[-1].units.items() if units.free == 0]
-    if full and sweep.method == "clnp":
+    if full and sweep.method == "clnp" and not sweep.capacity.widens:
         out.print(f"[yellow]No free unit is left in {', '.join(full)}[/]: later tasks have only what is there.")
     shown = as_typed(folder)
     out.print("\nNext:")

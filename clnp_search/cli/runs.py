@@ -69,7 +69,8 @@ def _show_status(folder: RunFolder, as_json: bool) -> str:
     if summary.tasks:
         out.print(summary_table(summary, progress.status))
         out.print(summary_line(summary))
-        for sentence in in_words(summary.tasks, num_tasks) if progress.sweep.method == "clnp" else ():
+        widens = progress.sweep.capacity.widens
+        for sentence in in_words(summary.tasks, num_tasks, widens) if progress.sweep.method == "clnp" else ():
             out.print(f"[yellow]{sentence}[/]", highlight=False)
     colour = COLOURS[progress.status]
     done = len(summary.tasks)

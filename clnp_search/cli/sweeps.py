@@ -36,9 +36,11 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Show what a run would do: points, packs, resources, memory, time, and what is done already."""
+    import torch
+
     from clnp_search.config import load_sweep
     from clnp_search.planning import plan_run
-    from clnp_search.search.capacity import local_capacity
+    from clnp_search.search.capacity import gpu_slot_bytes, local_capacity
     from clnp_search.sequence import TaskSequence
 
     family = located(load_sweep(sweep_file, overrides), storage, None)
@@ -47,6 +49,9 @@ def plan(
     sweep, folder = run_of(member, first)
     if address == "local":
         capacity = local_capacity(sweep.resources)
+        if sweep.resources.gpu and torch.cuda.is_available():
+            whole = torch.cuda.get_device_properties(0).total_memory
+            capacity = replace(capacity, slot_bytes=gpu_slot_bytes(sweep.resources, whole))
     else:
         from clnp_search.search.cluster import connect
 

@@ -19,11 +19,12 @@ from clnp_search.cli.console import count, duration
 from clnp_search.cli.publisher import BEHIND
 from clnp_search.config import Sweep
 from clnp_search.listener import Listener
-from clnp_search.records import PackProgress, PointRecord, Summary, TaskPlan, TaskResult, Units
+from clnp_search.records import PackProgress, PointRecord, Summary, TaskPlan, TaskResult, Units, layer_values
 
 LINE_EVERY_S = 60.0
 SCARCE = 0.05  # of a group's units: with fewer free ones it is nearly full
 MAX_GROUPS = 4  # that are shown one by one
+MAX_VALUES = MAX_GROUPS + 1  # of layers; and the head
 LABEL_WIDTH, BAR_WIDTH, TEXT_WIDTH = 16, 40, 42  # at most; a bar has what the others leave of the terminal
 
 
@@ -57,8 +58,9 @@ class LiveView(Listener):
         self._plan: TaskPlan | None = None
         self._records: dict[int, PointRecord] = {}  # of this task, by point, as far as they are known here
         self._progress = PackProgress({})
-        self._started = self._task_started = self._line_at = time.monotonic()
-        self._share_before = 0.0  # of the task's training, when it began here
+        self._started = self._task_started = self._stage_started = self._line_at = time.monotonic()
+        self._share_before = 0.0  # of the stage's training, when it began here
+        self._points_here = 0.0  # that the task's search still had to train then
         self._tracking_said = ""
         self._live = Live(get_renderable=self._render, console=console, refresh_per_second=4, transient=True)
 
@@ -84,9 +86,13 @@ class LiveView(Listener):
         """Shows the task."""
         rounds = self._sweep.forgetting.finetune_rounds
         self._stage = f"fine-tuning, round {plan.round} of {rounds}" if plan.round else "training"
-        self._plan, self._task_started = plan, time.monotonic()
+        begins = self._plan is None or self._plan.task != plan.task
+        self._plan, self._stage_started = plan, time.monotonic()
         self._records, self._progress = {record.point.index: record for record in finished}, PackProgress({})
         self._share_before = self._share()
+        if begins:
+            self._task_started = self._stage_started
+            self._points_here = 0.0 if plan.round else self._num_points * (1 - self._share_before)
         note = f", {len(finished)} of them finished before" if finished else ""
         number = len(plan.trained)
         of_all = f" of {self._num_points}" if number < self._num_points else ""
@@ -126,7 +132,8 @@ class LiveView(Listener):
     def committed(self, summary: Summary, seconds: float) -> None:
         """Shows what the task chose, and which units become scarce."""
         result = summary.tasks[-1]
-        self._pace = (result.index, seconds / result.points)
+        if self._points_here:  # of one whose points were there before, nothing is learned
+            self._pace = (result.index, seconds / self._points_here)
         self._units, self._tasks_done = result.units if self._grows else {}, len(summary.tasks)
         free = f"{_free(_all(result.units))}, " if self._grows else ""
         self._line(
@@ -214,7 +221,7 @@ class LiveView(Listener):
             return ""
         point = self._plan.points[best[0]]
         name = "alpha" if self._grows else "strength"
-        settings = f"{name} {_values(point.alpha, ' ')}, learning rate {point.learning_rate:g}"
+        settings = f"{name} {layer_values(point.alpha, MAX_VALUES, ' ')}, learning rate {point.learning_rate:g}"
         return f"best validation accuracy {best[1]:.2%} by {point.name} ({settings})"
 
     def _failed(self) -> str:
@@ -228,7 +235,8 @@ class LiveView(Listener):
         """What the whole sequence will still take, by the pace of this task, or of the last one as long as need be."""
         if self._plan is None:
             return ""
-        task, elapsed, share = self._plan.task, time.monotonic() - self._task_started, self._share()
+        task, now, share = self._plan.task, time.monotonic(), self._share()
+        elapsed = now - self._stage_started
         points = self._num_points * (1 - self._share_before)  # that were left to train
         point_s = self._pace[1] * self._size(task) / self._size(self._pace[0]) if self._pace else None
         if share < 1 and share - self._share_before > 0.05:
@@ -239,7 +247,10 @@ class LiveView(Listener):
             rest = 0.0
         else:
             return ""
-        point_s = point_s or (elapsed + rest) / points
+        if point_s is None:
+            if not self._points_here:
+                return ""
+            point_s = (now - self._task_started + rest) / self._points_here
         later = sum(self._size(each) for each in range(task + 1, self._num_tasks)) / self._size(task)
         later_points = 1 if self._sweep.search.tasks == "first" else self._num_searched
         return f"{before}about {duration(max(1.0, rest + later * later_points * point_s))} left"
@@ -365,9 +376,9 @@ def summary_table(summary: Summary, status: str = "") -> Table:
             units.append(f"{scarcest.free}/{scarcest.total}")
         table.add_row(
             str(result.index),
-            _values(chosen.alpha, "\n"),
+            layer_values(chosen.alpha, MAX_VALUES, "\n"),
             f"{chosen.learning_rate:g}",
-            _values(chosen.theta, "\n"),
+            layer_values(chosen.theta, MAX_VALUES, "\n"),
             f"{100 * result.best_val_accuracy:.2f}",
             f"{100 * chosen.val_accuracy:.2f}",
             f"{100 * result.test_accuracy:.2f}",
@@ -383,16 +394,6 @@ def summary_line(summary: Summary) -> str:
         f"average test accuracy {summary.average_test_accuracy:.2%}, "
         f"largest forgetting {summary.max_forgetting:.2%}, state {summary.state_digest[:12]}"
     )
-
-
-def _values(values: Sequence[float], separator: str) -> str:
-    """Values of the layers: one if they are equal, the range of many."""
-    distinct = dict.fromkeys(f"{value:.3g}" for value in values)
-    if len(distinct) == 1:
-        return next(iter(distinct))
-    if len(values) > MAX_GROUPS + 1:  # and the head
-        return f"{min(values):.3g} to {max(values):.3g}"
-    return separator.join(f"{value:.3g}" for value in values)
 
 
 def _some(names: Sequence[str]) -> str:

@@ -109,7 +109,11 @@ def _grid_faults(sweep: Sweep) -> Iterator[str]:
     yield from misfits
     known = layers and not misfits and not misused and sweep.search.algorithm == "grid"
     grids: dict[str, list[Any]] = {
-        "alpha": [sweep.layer_alphas(alpha, layers) for alpha in alphas] if known else [*alphas],
+        # Of patterns the order counts.
+        "alpha": [
+            sweep.layer_alphas(each, layers) if known else tuple(each.items()) if isinstance(each, dict) else each
+            for each in alphas
+        ],
         "learning_rate": [*sweep.search.learning_rate],
     }
     for key, values in grids.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from pydantic import ValidationError
 from clnp_search.config.faults import faults_between_sections, faults_of
 from clnp_search.config.sections import NETWORKS, STRENGTHS
 from clnp_search.config.sweep import UNRECORDED, Sweep
-from clnp_search.config.text import apply_override, parse_yaml, plain_data
+from clnp_search.config.text import apply_overrides, parse_yaml, plain_data
 from clnp_search.errors import InputError
 from clnp_search.importing import IMPORT_PATH
 from clnp_search.passwords import masked
@@ -45,8 +46,8 @@ def load_sweep(path: Path, overrides: list[str] | None = None) -> Sweep:
     raw = parse_yaml(text, str(path))
     if not isinstance(raw, dict):
         raise InputError(f"{path}: a sweep file holds keys such as scenario and network; this one holds {raw!r:.80}")
-    for override in overrides or []:
-        apply_override(raw, override)
+    raw = plain_data(raw, str(path))  # what stands twice by an alias is then two things
+    apply_overrides(raw, overrides or [])
     raw.setdefault("name", path.stem)
     raw.setdefault("modules", list(dict.fromkeys([str(path.parent), "."])))
     return parse_sweep(raw, str(path))
@@ -69,12 +70,17 @@ def parse_sweep(raw: dict[str, Any], source: str) -> Sweep:
         faults.extend(
             _explain(detail) for detail in details if detail["type"] != "too_short" or detail["loc"] not in lists
         )
+        faulty = {detail["loc"][0] for detail in details if detail["loc"]}
+        if not faulty & {"scenario", "network", "method"}:  # on which other sections lean
+            with suppress(ValidationError):
+                sweep = Sweep.model_validate({key: value for key, value in raw.items() if key not in faulty})
     faults.extend(faults_between_sections(raw))
     if sweep is not None:
         faults.extend(faults_of(sweep))
     if faults or sweep is None:
-        listed = "\n".join(f"  {fault}" for fault in dict.fromkeys(faults))
-        raise InputError(f"{source}: {len(dict.fromkeys(faults))} fault(s)\n{listed}")
+        each_once = dict.fromkeys(faults)
+        listed = "\n".join(f"  {fault}" for fault in each_once)
+        raise InputError(f"{source}: {len(each_once)} fault(s)\n{listed}")
     return sweep
 
 
@@ -130,8 +136,7 @@ def overridden(sweep: Sweep, overrides: Sequence[str], source: str = "--set") ->
         InputError: As `load_sweep`.
     """
     raw = sweep.model_dump(mode="json")
-    for override in overrides:
-        apply_override(raw, override)
+    apply_overrides(raw, overrides)
     return parse_sweep(raw, source)
 
 
@@ -148,7 +153,10 @@ def network_state(folder: RunFolder, sweep: Sweep, task: int) -> State:
 
 def _explain(detail: Any) -> str:
     """One pydantic error as `key: value: what is allowed`."""
-    location = [part for part in detail["loc"] if not _is_branch(part)]
+    *sections, last = detail["loc"]
+    # An unknown key may look like a branch.
+    is_key = detail["type"] == "extra_forbidden" or not _is_branch(last)
+    location = [part for part in sections if not _is_branch(part)] + [last] * is_key
     key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
     if detail["type"] == "extra_forbidden":
         known = _keys_at(detail["loc"][:-1])

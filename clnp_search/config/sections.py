@@ -97,7 +97,7 @@ class ScenarioConfig(Section):
         if isinstance(values, dict) and (kind := kind_of(str(values.get("name")))):
             classes = values.get("classes")
             tasks = len(classes) if isinstance(classes, list | tuple) and classes else kind.tasks
-            given = {key: value for key, value in values.items() if value is not None}
+            given = {key: value for key, value in values.items() if value is not None or key not in cls.model_fields}
             return {"tasks": tasks, "validation": kind.validation, **given}
         return values
 
@@ -141,6 +141,12 @@ class ConvConfig(Section):
     """After each pool; twice as much, at most a half, after each dense layer."""
     batch_norm: StrictBool = False
     """Whether each convolution is normalised; it then has no bias."""
+
+    @model_validator(mode="after")
+    def _has_units(self) -> ConvConfig:
+        if len(self.layer_names) == 1:
+            raise ValueError("layers: pools alone have no unit that could be pruned; give channels, or a dense layer")
+        return self
 
     @property
     def layer_names(self) -> tuple[str, ...]:
@@ -221,7 +227,7 @@ class ModuleConfig(Section):
         with imported("network.module", self.module, folders) as make, _drawing(seed):
             try:
                 module = make(**self.arguments)
-            except Exception as error:  # a user's constructor may raise anything
+            except (Exception, SystemExit) as error:  # a user's constructor may raise anything
                 raise InputError(f"{where}: called with {self.arguments}, it raised {described(error)}") from error
         if not isinstance(module, torch.nn.Module):
             raise InputError(f"{where}: gives a {type(module).__name__}; wanted is a torch.nn.Module")
@@ -431,6 +437,11 @@ class CapacityConfig(Section):
     the next task."""
     expand_by: Growth = 0.25
     """By how much a full group is widened: '25%' or 0.25 of its units."""
+
+    @property
+    def widens(self) -> bool:
+        """Whether full groups are widened."""
+        return self.on_depletion == "expand"
 
 
 class ResourcesConfig(Section):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -270,7 +271,7 @@ class Sweep(Section):
         }
         if self.forgetting.margin != "auto" or self.forgetting.auto_limit == UNRECORDED["forgetting"]["auto_limit"]:
             del dump["forgetting"]["auto_limit"]
-        if self.capacity.on_depletion == "expand":
+        if self.capacity.widens:
             dump["capacity"] = self.capacity.model_dump(mode="json")
         if self.method != "clnp":
             del dump["forgetting"], dump["search"]["alpha"]
@@ -304,7 +305,8 @@ class Sweep(Section):
             flats.append(sweep.settings | dict(_flatten(rest)))
         keys = dict.fromkeys(key for flat in flats for key in flat)
         values = {key: [flat.get(key) for flat in flats] for key in keys}
-        return {key: each for key, each in values.items() if any(value != each[0] for value in each)}
+        # As text: the order of an alpha's patterns counts, and a switch is no number.
+        return {key: each for key, each in values.items() if len({json.dumps(value) for value in each}) > 1}
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ruamel.yaml import YAML
@@ -88,12 +88,23 @@ def _not_plain(value: Any) -> str:
     return f"{value!a:.80}: allowed: text, numbers, true, false, null, and lists and mappings of these"
 
 
-def apply_override(raw: dict[str, Any], override: str) -> None:
-    """Puts the value of a `key=value` where it belongs in plain data.
+def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Puts the value of each `key=value` where it belongs in plain data.
 
     Raises:
-        InputError: It is none, or its key is below something else than a section.
+        InputError: One is none, or its key is below something else than a section; names each such.
     """
+    faults = []
+    for override in overrides:
+        try:
+            _apply(raw, override)
+        except InputError as error:
+            faults.append(str(error))
+    if faults:
+        raise InputError("\n".join(faults))
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
     source = f"--set {masked(override)}"
     key, separator, value = override.partition("=")
     if not separator or not key.strip():

@@ -45,11 +45,12 @@ def spread_rows(sweeps: Mapping[str, Sweep], summaries: Mapping[str, Summary]) -
 
     Of several runs of one seed the first counts. The deviation is the sample's; None of a single run.
     """
-    families: dict[str, dict[int, str]] = {}
+    families: dict[frozenset[tuple[str, str]], dict[int, str]] = {}
     for run, sweep in sweeps.items():
         if tasks := len(summaries[run].tasks):
             settings = sweep.settings | {"seed": None, "tasks": tasks}
-            of_seeds = families.setdefault(json.dumps(settings, sort_keys=True, default=str), {})
+            family = frozenset((key, json.dumps(value)) for key, value in settings.items())
+            of_seeds = families.setdefault(family, {})
             of_seeds.setdefault(sweep.seed, run)
     rows = []
     for runs in (list(of_seeds.values()) for of_seeds in families.values()):

@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from typing import Any
 
@@ -21,7 +21,7 @@ from clnp_search.errors import InputError
 from clnp_search.forecast import in_words
 from clnp_search.pareto import pareto_front
 from clnp_search.progress import progress_of
-from clnp_search.records import TaskResult, margin_text
+from clnp_search.records import TaskResult, layer_values, margin_text
 from clnp_search.report.comparison import spread_rows
 from clnp_search.report.figures import accuracy_matrix, draw_task, runs_compared, scans_of, to_svg, units_grown
 from clnp_search.storage import RunFolder
@@ -57,7 +57,7 @@ def report(folders: Sequence[RunFolder]) -> Report:
     environment = Environment(
         loader=PackageLoader("clnp_search.report", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    environment.filters |= {"percent": _percent, "compact": _compact, "margin": margin_text}
+    environment.filters |= {"percent": _percent, "compact": partial(layer_values, most=4), "margin": margin_text}
     html = environment.get_template("page.html.j2").render(
         runs=runs,
         spread=spread,
@@ -119,7 +119,9 @@ class _Run:
     @property
     def forecast(self) -> list[str]:
         """What is to be expected of groups that run out of free units."""
-        return in_words(self.summary.tasks, self.sweep.scenario.tasks) if self.sweep.method == "clnp" else []
+        if self.sweep.method != "clnp":
+            return []
+        return in_words(self.summary.tasks, self.sweep.scenario.tasks, self.sweep.capacity.widens)
 
     @property
     def certificate(self) -> list[tuple[TaskResult, str]]:
@@ -221,11 +223,3 @@ def _inline(figure: Figure, name: str) -> str:
 
 def _percent(value: float | str) -> str:
     return value if isinstance(value, str) else f"{100 * value:.2f}"
-
-
-def _compact(values: Sequence[float]) -> str:
-    """One number if all are equal, a list of few, the range of many."""
-    texts = list(dict.fromkeys(f"{value:.3g}" for value in values))
-    if len(texts) < 5:
-        return texts[0] if len(texts) == 1 else ", ".join(f"{value:.3g}" for value in values)
-    return f"{min(values):.3g} to {max(values):.3g}"

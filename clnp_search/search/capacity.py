@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +15,7 @@ from clnp_search.errors import InputError
 if TYPE_CHECKING:
     from clnp_search.config import ResourcesConfig
 
+CGROUP = Path("/sys/fs/cgroup")
 # Of a slot's memory, what a trial may plan with.
 MEMORY_SHARE = 0.8
 # Of a machine's memory, what Ray offers to trials; the rest is its object store and the system.
@@ -78,8 +81,32 @@ def local_capacity(resources: ResourcesConfig) -> Capacity:
     Raises:
         InputError: It cannot hold one trial.
     """
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS has none
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = len(list(Path("/dev").glob("nvidia[0-9]*"))) if visible is None else len(visible.split(",")) * bool(visible)
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return capacity_of(resources, [Node(cpus, gpus, int(total * LOCAL_SHARE))])
+    gpus, visible = len(list(Path("/dev").glob("nvidia[0-9]*"))), os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        gpus = min(gpus, sum(each.strip() not in ("", "-1") for each in visible.split(",")))
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    total = min(whole, _limit("memory.max", "memory/memory.limit_in_bytes"))
+    return capacity_of(resources, [Node(local_cpus(), gpus, int(total * LOCAL_SHARE))])
+
+
+def gpu_slot_bytes(resources: ResourcesConfig, whole: int) -> int:
+    """Memory that a trial may plan with on a GPU of which it is given its share."""
+    return int(whole * min(1.0, resources.gpu) * MEMORY_SHARE)
+
+
+def local_cpus() -> int:
+    """The CPUs of this machine that this process may use: by its affinity, and by the quota of its container."""
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS has none
+    return max(1, min(here, int(_limit("cpu.max", "cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"))))
+
+
+def _limit(newer: str, *older: str) -> float:
+    """What a container is held to, by the file of its control group or, in the older version, by one or two of them:
+    a number, or the ratio of two; infinite if it is not limited.
+    """
+    for names in ((newer,), older):
+        with suppress(OSError, ValueError):
+            words = [word for name in names for word in (CGROUP / name).read_text().split()]
+            limit, period = (float(word) for word in [*words, "1"][:2])
+            return limit / period if limit > 0 else math.inf
+    return math.inf

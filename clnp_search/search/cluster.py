@@ -44,7 +44,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from clnp_search.errors import InputError, MachineFault
-from clnp_search.search.capacity import MEMORY_SHARE, Node, capacity_of
+from clnp_search.search.capacity import Node, capacity_of, gpu_slot_bytes, local_cpus
 from clnp_search.search.retries import cause_of, in_new_process, pause, tried
 from clnp_search.storage import RunFolder
 
@@ -102,7 +102,7 @@ class Cluster:
             whole = ray.get(ray.remote(**self._options)(_gpu_bytes).remote())
         except ray.exceptions.RayError as error:
             raise MachineFault(f"resources.gpu: Ray offers a GPU that cannot be used: {cause_of(error)}") from error
-        return int(whole * min(1.0, self.resources.gpu) * MEMORY_SHARE)
+        return gpu_slot_bytes(self.resources, whole)
 
     def require_nodes(self, folder: RunFolder) -> None:
         """Nothing, if every node that can hold a trial has this program and sees the storage of a run.
@@ -320,7 +320,7 @@ def _start() -> None:
     """Starts Ray on this machine; tries again, because processes of Ray give up when the machine is loaded."""
     for failures in range(1, START_ATTEMPTS + 1):
         try:
-            _init("local", include_dashboard=False)
+            _init("local", include_dashboard=False, num_cpus=local_cpus())
             if "RAY_AUTH_TOKEN_PATH" not in os.environ:
                 with suppress(OSError):  # it may not be there; where Ray has made it, whoever is here could read it
                     os.chmod(os.path.expanduser("~/.ray/auth_token"), 0o600)

@@ -28,16 +28,23 @@ PROCESS_BYTES = 680 << 20
 TRIAL_FLOP = 30e9
 # Raised with every change of the code after which the same settings give other bits: points of before and after
 # have other keys, and are never mixed.
-NUMERICS = 6
+NUMERICS = 7
 
 
 def point_key(
-    parent_digest: str, task: Task, data_digest: str, sweep: Sweep, point: Point, numerics: int = NUMERICS
+    parent_digest: str,
+    task: Task,
+    data_digest: str,
+    drawn_digest: str,
+    sweep: Sweep,
+    point: Point,
+    numerics: int = NUMERICS,
 ) -> str:
     """The hash of all that a point's result depends on, besides the machine.
 
     Args:
         data_digest: Of the task's own samples, splits and input transform.
+        drawn_digest: Of the initial weights of a user's module, whose constructor draws them; else empty.
     """
     parts = {
         "numerics": numerics,
@@ -54,6 +61,8 @@ def point_key(
     }
     if sweep.method != "clnp":
         parts["method"] = sweep.method
+    if drawn_digest and numerics > 6:  # before, the state's graph alone spoke for a module
+        parts["drawn"] = drawn_digest
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

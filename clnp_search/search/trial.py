@@ -175,15 +175,18 @@ def train_pack(
 def _train(inputs: TaskInputs, points: Sequence[Point], notes: tuple[str, ...]) -> Iterator[Progress]:
     folder, task, keys = RunFolder(inputs.run.folder), inputs.plan.task, inputs.plan.keys
     number = inputs.plan.round
-    missing = [point for point in points if folder.read_point(task, point.name_in(number)) is None]
+    records = [folder.read_point(task, point.name_in(number)) for point in points]
+    missing = [point for point, record in zip(points, records, strict=True) if record is None]
     if not missing:
         return
-    name = pack_name([keys[point.index] for point in points])
-    checkpoint = folder.read_checkpoint(task, name)
-    if len(missing) < len(points) and checkpoint is None:
-        points, notes = missing, (*notes, f"packed apart from {len(points) - len(missing)} points that were finished")
-        name = pack_name([keys[point.index] for point in points])
-        checkpoint = folder.read_checkpoint(task, name)
+    ours = [point for point, record in zip(points, records, strict=True) if record is None or not record.origin]
+    for packed in (points, ours, missing):  # an earlier session may have packed them apart from those of another run
+        name = pack_name([keys[point.index] for point in packed])
+        if (checkpoint := folder.read_checkpoint(task, name)) is not None:
+            break
+    if len(packed) < len(points):
+        notes = (*notes, f"packed apart from {len(points) - len(packed)} points that were finished")
+    points = packed
     started, began = time.perf_counter(), time.time()
     pack, training, train = _begin(inputs, points)
     if checkpoint is not None:

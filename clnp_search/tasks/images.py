@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clnp_search.errors import InputError
+from clnp_search.records import UNWRITABLE
 from clnp_search.tasks.data import RawData, label_faults, require
 from clnp_search.tasks.torchvision_sets import train_and_test
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 T = TypeVar("T")
-Opened = Callable[[], io.BytesIO | Path]
+Opened = Callable[[], io.BytesIO]
 SPLITS = ("train", "test")
 MAX_ENTRY_BYTES = 256 << 20
 MAX_BYTES = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2  # of all images together
@@ -73,7 +74,12 @@ def load_class_folders(
     names = sorted(folders["train"].keys() | folders["test"].keys())
     if not names:
         require([*faults, "no class folder: images lie in train/CLASS/ and test/CLASS/"], str(root))
-    labels = range(len(names)) if used is None else sorted(used(names))
+    try:
+        labels = range(len(names)) if used is None else sorted(used(names))
+    except InputError as error:
+        if faults:
+            require([*faults, str(error)], str(root))
+        raise
     samples: dict[str, list[Sample]] = {split: [] for split in SPLITS}
     for split, other in (SPLITS, SPLITS[::-1]):
         if not folders[split]:
@@ -232,7 +238,9 @@ def _class_folders(root: Path, faults: list[str]) -> Folders:
         split, *inner = name.rstrip("/").split("/")
         if split not in SPLITS or not inner or any(part.startswith(".") for part in inner):
             continue
-        if name.endswith("/") and len(inner) == 1:
+        if UNWRITABLE.search(inner[0]):
+            faults.append(f"{str(root / split / inner[0])!a}: a class whose name cannot be printed")
+        elif name.endswith("/") and len(inner) == 1:
             found[split].setdefault(inner[0], [])
         elif not name.endswith("/") and len(inner) == 2:
             found[split].setdefault(inner[0], []).append((name, open_file))
@@ -246,7 +254,7 @@ def _folder_entries(root: Path) -> Iterator[tuple[str, Opened]]:
         for pattern in ("*", "*/*"):
             for path in (root / split).glob(pattern):
                 name = path.relative_to(root).as_posix()
-                yield (f"{name}/" if path.is_dir() else name), partial(Path, path)
+                yield (f"{name}/" if path.is_dir() else name), partial(_read, path)
 
 
 def _zip_entries(root: Path, faults: list[str]) -> Iterator[tuple[str, Opened]]:
@@ -262,6 +270,13 @@ def _zip_entries(root: Path, faults: list[str]) -> Iterator[tuple[str, Opened]]:
             faults.append(f"{root / name}: {entry.file_size} bytes; at most {MAX_ENTRY_BYTES} are read")
         else:
             yield name, partial(_unzipped, archive, entry)
+
+
+def _read(path: Path) -> io.BytesIO:
+    # In memory, as an entry of a zip is: Pillow maps some files, and turns those wrongly.
+    if (num_bytes := path.stat().st_size) > MAX_ENTRY_BYTES:
+        raise ValueError(f"{num_bytes} bytes; at most {MAX_ENTRY_BYTES} are read")
+    return io.BytesIO(path.read_bytes())
 
 
 def _unzipped(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> io.BytesIO:

@@ -56,7 +56,7 @@ def load_own(
             found = function(**arguments)
             keep = _kept if isinstance(found, Iterator) else lambda task: task
             given: list[OwnTask] = [keep(task) for task in islice(found, tasks)]
-        except Exception as error:  # a user's function may raise anything
+        except (Exception, SystemExit) as error:  # a user's function may raise anything
             raise InputError(f"{key}: calling it raised {described(error)}") from error
     if not given:
         raise InputError(f"{key}: it gave no task")

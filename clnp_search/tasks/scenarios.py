@@ -139,9 +139,10 @@ class Scenario:
         task = self.tasks[index]
         return self.sets[task.source].num_classes if task.classes is None else len(task.classes)
 
-    def num_train(self, index: int) -> int:
-        """Samples that the task at `index` is trained on."""
-        return len(self._training_splits(self.tasks[index])[0])
+    def sizes(self, index: int) -> tuple[int, int]:
+        """How many samples the task at `index` is trained on, and validated on."""
+        train, validation = self._training_splits(self.tasks[index])
+        return len(train), len(validation)
 
     def data(self, index: int) -> TaskData:
         """The task at `index`. Its samples are copied out of the data set when they are asked for.
@@ -272,6 +273,9 @@ class Wanted:
                 there = ", ".join(names[label] for label in labels)
                 raise InputError(f"scenario.classes: no class {', '.join(unknown)}; there are: {there}")
             lists = [tuple(known[name] for name in classes) for classes in self.classes[: self.tasks]]
+            for index, share in enumerate(lists):
+                if twice := sorted({names[label] for label in share if share.count(label) > 1}):
+                    raise InputError(f"scenario.classes[{index}]: {', '.join(twice)} more than once")
         return tuple(
             Task(index, f"classes-{names[classes[0]]}-{names[classes[-1]]}", classes)
             for index, classes in enumerate(lists)

@@ -56,7 +56,8 @@ def train_and_test(
             f"scenario.name: 'torchvision:{name}': it has no training and test part of its own; "
             "arrange it as class_folders, or give your own scenario by import path"
         )
-    if taken := sorted(parts[0].keys() & (arguments or {}).keys()):
+    # QMNIST's `what` overrules `train`.
+    if taken := sorted({*parts[0], "what"} & (arguments or {}).keys()):
         raise InputError(f"scenario.arguments: {', '.join(taken)}: both parts of {name} are read, each with its own")
     settings = {"download": True} if "download" in known or is_mnist else {}
     try:

@@ -40,7 +40,7 @@ SETTINGS = TrainingSettings()
 
 
 def key(parent: str = "parent", task: Task = TASK, data: str = "data", point: Point = POINT, **sections: Any) -> str:
-    return point_key(parent, task, data, make_sweep(**sections), point)
+    return point_key(parent, task, data, "", make_sweep(**sections), point)
 
 
 def scenario(**changes: Any) -> dict[str, Any]:
@@ -86,8 +86,8 @@ def test_a_key_changes_with(ingredient: str) -> None:
 
 
 def test_a_key_changes_with_the_codes_numerics() -> None:
-    assert point_key("parent", TASK, "data", make_sweep(), POINT, NUMERICS) == key()
-    assert point_key("parent", TASK, "data", make_sweep(), POINT, NUMERICS + 1) != key()
+    assert point_key("parent", TASK, "data", "", make_sweep(), POINT, NUMERICS) == key()
+    assert point_key("parent", TASK, "data", "", make_sweep(), POINT, NUMERICS + 1) != key()
 
 
 def test_no_two_changes_give_the_same_key() -> None:
