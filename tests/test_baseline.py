@@ -260,6 +260,16 @@ def test_what_clnp_is_planned_with_is_as_it_was_without_methods() -> None:
     assert not any(key.startswith("forgetting") or key == "search.alpha" for key in settings)
 
 
+@pytest.mark.parametrize("method", ["finetune", "joint"])
+def test_later_tasks_of_a_baseline_with_one_head_are_packed_by_their_work(method: str) -> None:
+    sequence = TaskSequence(sweep_of_method(method))
+    architecture, sizes = sequence.architecture, [sequence.sizes(index)[0] for index in range(2)]
+    assert sizes[1] == sizes[0] * (2 if method == "joint" else 1)
+    full = architecture.graph.groups  # as the state after a baseline's first task has it
+    work = [sequence.point_flop(architecture, {}, 0), sequence.point_flop(architecture, full, 1)]
+    assert work[1] / work[0] == sizes[1] / sizes[0]
+
+
 def test_methods_have_different_keys() -> None:
     sequence, point = TaskSequence(SWEEP), Point(0, (0.0,), 0.01)
     keys = {point_key("", sequence.task(0), "", "", sweep_of_method(method), point) for method in METHODS}

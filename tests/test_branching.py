@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from in_process import SWEEP, make, run_in_process
+from builders import make_sweep
+from in_process import SECTIONS, SWEEP, make, run_in_process
 
 from clnp_search.branching import fork, points_taken_over, reselect
 from clnp_search.config import AUTO_MARGINS, Sweep
@@ -291,3 +293,40 @@ def test_a_setting_of_a_shared_task_that_was_changed_by_hand_is_found(copy: RunF
     new.write_sweep(make(network={"hidden": [12, 8], "activation": "tanh"}).to_yaml())
     with pytest.raises(InputError, match=r"network\.activation"):
         run_in_process(make(network={"hidden": [12, 8], "activation": "tanh"}), new)
+
+
+MODULE = """
+from torch import nn
+
+def make(gain=1.0):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.ReLU(), nn.Linear(12, 10))
+    nn.init.normal_(network[1].weight, std=gain / 8)
+    return network
+"""
+
+
+def test_a_point_whose_module_draws_other_weights_is_not_taken_over(tmp_path: Path, new: RunFolder) -> None:
+    (tmp_path / "drawing_network.py").write_text(MODULE)
+
+    def with_gain(gain: float) -> Sweep:
+        network = {"module": "drawing_network:make", "arguments": {"gain": gain}}
+        return make_sweep(**SECTIONS | {"network": network, "modules": [str(tmp_path)], "search": {"alpha": [1e-4]}})
+
+    run_in_process(with_gain(1.0), new)
+    for gain, expected in ((1.0, (4, 0)), (2.0, (0, 4))):
+        other = run_folder(new.storage, f"gain-{gain:g}")
+        fork(new, with_gain(gain), -1, other)
+        run_in_process(with_gain(gain), other)
+        assert points_taken_over(other) == expected
+
+
+def test_a_fork_of_a_fork_takes_over_what_the_first_run_has(copy: RunFolder, new: RunFolder) -> None:
+    other = make(search={"alpha": [1e-4]})
+    fork(copy, other, 0, new)
+    run_in_process(other, new)
+    newest = run_folder(copy.storage, "newest")
+    both = make(search={"alpha": [1e-5, 1e-4, 1e-3]})
+    fork(new, both, 0, newest)
+    run_in_process(both, newest)
+    assert points_taken_over(newest) == (3, 0)
+    assert {record.origin for record in newest.read_points(1)} == {copy.uri, new.uri}

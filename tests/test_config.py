@@ -187,6 +187,18 @@ def test_settings_that_only_one_sweep_has_are_a_difference() -> None:
     ]
 
 
+def test_the_order_of_an_alphas_patterns_is_a_difference() -> None:
+    patterns = {"*": 1e-5, "hidden0": 1e-6}
+    one, other = (
+        make_sweep(search={"alpha": [dict(items)]}) for items in (patterns.items(), [*patterns.items()][::-1])
+    )
+    assert one.layer_alphas(one.search.alpha[0], one.network.layer_names) != other.layer_alphas(
+        other.search.alpha[0], other.network.layer_names
+    )
+    assert [each.partition(":")[0] for each in one.differences(other)] == ["search.alpha"]
+    make_sweep(network={"module": "some:thing"}, search={"alpha": [patterns, dict([*patterns.items()][::-1])]})
+
+
 # The margin
 
 
@@ -213,6 +225,52 @@ def test_a_margin_that_means_nothing_is_refused(value: Any) -> None:
 
 
 # Faults
+
+
+def test_a_fault_in_a_section_hides_none_between_the_others(tmp_path: Path) -> None:
+    text = """
+scenario: {name: permuted_digits}
+network: {hidden: [4]}
+head: {kind: multi, bias: none}
+training: {epoch: 3}
+search: {learning_rate: [0.1, 0.1]}
+"""
+    _, *lines = faults(tmp_path, text)
+    keys = [line.partition(":")[0] for line in lines]
+    assert keys == ["training.epoch", "head.bias", "search.learning_rate[1]"]
+
+
+@pytest.mark.parametrize("key", ["notes (mine)", "epochs [x]"])
+def test_an_unknown_key_with_brackets_is_named(tmp_path: Path, key: str) -> None:
+    _, top = faults(tmp_path, f"{SMALLEST}\n'{key}': 1")
+    assert top.startswith(f"{key}: unknown key")
+    _, nested = faults(tmp_path, f"{SMALLEST}\ntraining: {{'{key}': 1}}")
+    assert nested.startswith(f"training.{key}: unknown key")
+
+
+def test_an_unknown_key_without_a_value_is_a_fault(tmp_path: Path) -> None:
+    _, line = faults(tmp_path, "scenario: {name: permuted_digits, augmnet: null}\nnetwork: {hidden: [4]}")
+    assert line.startswith("scenario.augmnet: unknown key; did you mean 'augment'?")
+
+
+def test_a_network_of_pools_alone_is_refused(tmp_path: Path) -> None:
+    _, line = faults(tmp_path, "scenario: {name: split_digits}\nnetwork: {name: conv, layers: [pool]}")
+    assert "pools alone have no unit that could be pruned" in line
+
+
+def test_every_override_that_cannot_be_applied_is_named(tmp_path: Path) -> None:
+    (tmp_path / "sweep.yaml").write_text(SMALLEST)
+    with pytest.raises(InputError) as caught:
+        load_sweep(tmp_path / "sweep.yaml", ["seed", "head.kind=multi", "head.kind.x=1"])
+    assert [line.partition(": ")[0] for line in str(caught.value).splitlines()] == ["--set seed", "--set head.kind.x=1"]
+
+
+def test_an_override_changes_nothing_that_stood_there_by_an_alias(tmp_path: Path) -> None:
+    (tmp_path / "sweep.yaml").write_text(
+        "scenario: {name: 'some:tasks', arguments: &same {n: 1}}\nnetwork: {module: 'some:net', arguments: *same}"
+    )
+    sweep = load_sweep(tmp_path / "sweep.yaml", ["scenario.arguments.n=5"])
+    assert (sweep.scenario.arguments, sweep.network.model_dump()["arguments"]) == ({"n": 5}, {"n": 1})
 
 
 def test_every_fault_is_named_at_once(tmp_path: Path) -> None:

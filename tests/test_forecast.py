@@ -45,3 +45,4 @@ def test_only_what_ends_before_the_last_task_is_worth_a_word() -> None:
     sentence = "hidden0 will be full in task 2: 60 units free, 40.0 a task over the last 1"
     assert in_words(results, 3) == in_words(results, None) == [sentence]
     assert in_words(grown(60, 40), 3) == ["hidden0 is full"]
+    assert in_words(grown(60, 40), 3, widens=True) == ["hidden0 is full, and is widened for the next task"]

@@ -45,12 +45,14 @@ def shown(
     tasks: str = "every",
     results: Sequence[TaskResult] = (),
     publishing: str = "",
+    rounds: int = 0,
 ) -> list[str]:
     """What is printed of a sequence of three tasks with ten epochs; of what is live, how it ends."""
     console = Console(file=io.StringIO(), force_terminal=terminal, width=width)
     scenario = {"name": "permuted_digits", "tasks": 3}
     search = {"alpha": [0.0], "learning_rate": [0.01], "tasks": tasks}
-    sweep = make_sweep(scenario=scenario, training={"epochs": 10}, search=search)
+    forgetting = {"finetune_rounds": rounds, "finetune_epochs": 10 * rounds}
+    sweep = make_sweep(scenario=scenario, training={"epochs": 10}, search=search, forgetting=forgetting)
     with LiveView(console, sweep, "run", results, lambda: publishing) as seen:
         happen(seen)
     assert isinstance(console.file, io.StringIO)
@@ -116,6 +118,36 @@ def test_points_that_were_finished_before_count_and_the_pace_is_of_the_others(cl
     assert any("2 of 4 points trained, 75% of the epochs" in line for line in lines)
     assert any("about 4:30 left" in line for line in lines)  # 30 s a point: one, and two tasks of four
     assert any("90.01% by p001" in line for line in lines)
+
+
+@pytest.mark.parametrize("taken_over", [False, True])
+def test_points_that_were_there_before_make_no_task_look_quick(clock: Clock, taken_over: bool) -> None:
+    first = RECORDS if taken_over else RECORDS[:3]
+
+    def happen(seen: LiveView) -> None:
+        seen.task_planned(PLAN, first)
+        clock.now = 50.0 * (len(RECORDS) - len(first))
+        seen.points_finished(RECORDS)
+        seen.committed(
+            summarise("run", "running", 0, "", (make_result(0, (0.955,), {"hidden0": Units(4, 1, 1, 3)}),)), clock.now
+        )
+        seen.task_planned(TaskPlan(**(vars(PLAN) | {"task": 1})), [])
+
+    line = shown(happen, terminal=False)[-1]
+    assert line.endswith("points in 2 packs" if taken_over else "about 6:40 left")  # two tasks of four points
+
+
+def test_what_remains_in_a_fine_tune_round_counts_the_search_of_later_tasks(clock: Clock) -> None:
+    def happen(seen: LiveView) -> None:
+        seen.task_planned(PLAN, [])
+        clock.now = 200.0
+        seen.points_finished(RECORDS)
+        seen.task_planned(TaskPlan(**(vars(PLAN) | {"round": 1, "cuts": dict.fromkeys(range(4), (0.0,))})), [])
+        clock.now = 210.0
+        seen.training(HALF)
+
+    # Half a minute of this round is left; a later task takes as long as this one, 240 s.
+    assert any("about 8:30 left" in line for line in shown(happen, rounds=1))
 
 
 def test_what_remains_is_never_nothing_while_a_task_is_open(clock: Clock) -> None:

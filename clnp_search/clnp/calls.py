@@ -454,7 +454,7 @@ def _arithmetic(call: Call) -> Step:
     if kind != "neg" and not numbers:
         if kind == "div":
             raise NoNode(f"{call.label} of two tensors; allowed: their sum, their difference and their product")
-        return call.node({"add": Add, "sub": Subtract, "mul": Multiply}[kind](), _alike(call))
+        return call.node({"add": Add, "sub": Subtract, "mul": Multiply}[kind](), _alike(replace(call, args=operands)))
     number = float(numbers[0]) if numbers else 0.0
     reverse = bool(numbers) and numbers[0] is operands[0]
     if kind == "div" and (reverse or not number):

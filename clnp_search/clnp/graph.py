@@ -512,7 +512,8 @@ class Builder:
         if [self._sizes[group] for group in first] != [self._sizes[group] for group in second]:
             raise ValueError(f"joins {one.name} and {other.name}, whose units do not stand one to one")
         order = list(self._sizes)
-        for mine, yours in zip(first, second, strict=True):
+        for pair in zip(first, second, strict=True):
+            mine, yours = map(self._root, pair)  # one may have been tied just now
             if mine != yours:
                 if INPUT in (mine, yours):
                     raise ValueError(f"ties units to the {INPUT}")

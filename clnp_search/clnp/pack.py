@@ -72,7 +72,7 @@ class Trunk:
         readers = [
             node
             for node in self.graph.nodes
-            if isinstance(node.op, Reader) and _can_learn(node, free, state.architecture.head)
+            if isinstance(node.op, Reader) and _can_learn(node, free, state.architecture.head_reads_frozen)
         ]
         self.levels_read = tuple(dict.fromkeys(self.graph.source(node).name for node in readers))
         needed = self.graph.upstream(self.levels_read)
@@ -187,7 +187,7 @@ class Block:
             keep: Whether all values are wanted, and not the logits alone.
             drawn: What other points of as many units have drawn for these samples, which is drawn if it is not there.
         """
-        graph = graph or self.graph
+        graph, drawn = graph or self.graph, {} if drawn is None else drawn
         values: dict[str, Tensor] = {}
         for node in graph.nodes:
             if self.width(node):
@@ -239,10 +239,11 @@ class Block:
         if shared is None and own_value is None:
             return self._bias_alone(node, tensors, len(levels[INPUT]), dtype)
         if shared is not None and training and (dropout := graph.dropout_of(source)) is not None and dropout.share:
-            if node.name not in drawn:
+            key = f"{source.name} shared"  # which all its readers see alike
+            if key not in drawn:
                 by_unit = shared.unflatten(1, (-1, source.taps)) if source.taps > 1 else shared
-                drawn[node.name] = (by_unit * dropout.mask(by_unit)).reshape(shared.shape)
-            shared = drawn[node.name]
+                drawn[key] = (by_unit * dropout.mask(by_unit)).reshape(shared.shape)
+            shared = drawn[key]
         return node.op.read(shared, own_value, tensors, self.points, dtype)
 
     def shared(self, graph: Graph, node: Node, levels: Levels) -> Tensor | None:
@@ -475,13 +476,13 @@ class Pack:
 
     def means(self, features: Features) -> list[dict[str, Tensor]]:
         """For each point, what `FreeParameters.means` holds, over a split."""
-        frozen_bias = self.state.architecture.bias_rule == "frozen" and self.state.heads
+        keeps_bias = self.state.bias_is_frozen or self.state.architecture.bias_rule == "none"
         layers = [
             node
             for node in self.graph.nodes
             if isinstance(node.op, Reader)
             and self.graph.shift_of(node.name)
-            and not (node.name == self.graph.head and frozen_bias)
+            and not (node.name == self.graph.head and keeps_bias)
         ]
         sources = dict.fromkeys(self.graph.source(node).name for node in layers)
         found: list[dict[str, Tensor]] = []
@@ -535,7 +536,7 @@ class Pack:
             for node, each in starts[0].tensors.items()
         }
         units = {group: len(units) for group, units in starts[0].units.items()}
-        block = Block(self.graph, units, tensors, self.state.architecture.head == "multi")
+        block = Block(self.graph, units, tensors, self.state.architecture.head_reads_frozen)
         for tensor in self._trainable(block):
             tensor.requires_grad_()
             tensor.grad = torch.zeros_like(tensor)
@@ -551,13 +552,12 @@ class Pack:
                 block.tensors[layer][name].register_hook(partial(torch.masked_fill, mask=mask, value=0.0))
 
     def _trainable(self, block: Block) -> list[Tensor]:
-        bias_is_frozen = self.state.architecture.bias_rule == "frozen" and bool(self.state.heads)
         return [
             tensor
             for node, own in block.tensors.items()
             for name, tensor in own.items()
             if name not in self.graph.by_name[node].op.STATISTICS
-            and not (bias_is_frozen and node == self.graph.head and name == "bias")
+            and not (self.state.bias_is_frozen and node == self.graph.head and name == "bias")
         ]
 
     def _penalised(self, first: int, block: Block) -> Iterator[tuple[Tensor, Tensor]]:
@@ -646,30 +646,30 @@ def cross_entropy(logits: Tensor, labels: Tensor, batch_size: int) -> tuple[Tens
     return loss, grad.div_(batch_size).to(logits.dtype)
 
 
-def _can_learn(node: Node, free: Mapping[str, Tensor], head: str) -> bool:
+def _can_learn(node: Node, free: Mapping[str, Tensor], head_reads_frozen: bool) -> bool:
     """Whether a layer has weights from frozen units to something that is free."""
     if node.groups == (CLASSES,):
-        return head == "multi"
+        return head_reads_frozen
     return any(len(free[group]) for group in node.groups)
 
 
 def free_part(state: State, initial: Parameters) -> FreeParameters:
     """The free units' part of full-size parameters."""
     graph, free, active, tensors = state.graph, state.free, state.active(), {}
-    single, nothing = state.architecture.head == "single", dict.fromkeys(free, torch.arange(0))
+    nothing = dict.fromkeys(free, torch.arange(0))
     for node in graph.nodes:
         if node.name not in initial:
             continue
         full = dict(initial[node.name])
         if node.groups == (CLASSES,):
-            rule = state.architecture.bias_rule
-            if rule == "frozen" and state.heads:
+            if state.bias_is_frozen:
                 full["bias"] = state.heads[0]["bias"]
-            if rule == "none":
+            if state.architecture.bias_rule == "none":
                 full.pop("bias", None)
         own = chosen(graph, node, full, free, free)
         if isinstance(node.op, Reader):
-            frozen = nothing if single and node.groups == (CLASSES,) else active
+            of_head = node.groups == (CLASSES,)
+            frozen = active if state.architecture.head_reads_frozen or not of_head else nothing
             own["weight.own"] = own.pop("weight")
             own["weight.shared"] = chosen(graph, node, {"weight": full["weight"]}, free, frozen)["weight"]
         tensors[node.name] = own

@@ -86,6 +86,7 @@ class Candidate:
         active = state.active()
         self.frozen = tuple(len(active[group]) for group in self.groups)
         self.features = Features(Trunk(state, device), inputs, labels, cache_bytes)
+        self.held_limit = min(HELD_BYTES, cache_bytes)
 
     def model(self, counts: Counts) -> Block:
         """The model that keeps the first `counts[g]` free units of each group."""
@@ -108,7 +109,7 @@ class Candidate:
             if "weight.own" in parts:
                 parts["weight.own"] = cut(parts["weight.own"], 2, self.graph.source(node).groups)
             tensors[name] = parts
-        return Block(self.graph, kept, tensors, self.state.architecture.head == "multi")
+        return Block(self.graph, kept, tensors, self.state.architecture.head_reads_frozen)
 
     @cached_property
     def passing(self) -> set[str]:
@@ -365,14 +366,14 @@ def _next_possible(candidate: Candidate, path: list[Counts], start: int, logits:
     together = 1 if candidate.given else candidate.features.batch_size // len(parts[0])
     held, added = (together * len(parts[0]) * each for each in (candidate.held_bytes, candidate.added_bytes))
     always = math.ceil((allowed + 1) / len(parts[0]))  # parts are seen
-    adding = max(0, min(always, (HELD_BYTES - always * held) // max(1, added)))
+    adding = max(0, min(always, (candidate.held_limit - always * held) // max(1, added)))
     grown: list[Grown] = []
     for position in range(start, len(path), together):
         models = path[position : position + together]
         wrong = candidate.labels.new_zeros(len(models))
         for index, samples in enumerate(parts):
             if index == len(grown):
-                fits = (index + 1) * held + adding * added <= HELD_BYTES
+                fits = (index + 1) * held + adding * added <= candidate.held_limit
                 grown.append(Grown(candidate, samples, fits, index < adding))
             wrong = wrong + _clearly_wrong(grown[index].advance(models), grown[index].labels)
             if (wrong > allowed).all():

@@ -46,6 +46,11 @@ class Architecture:
     head_bias: str = "frozen"
 
     @property
+    def head_reads_frozen(self) -> bool:
+        """Whether a task's head reads what earlier tasks grew, and the samples themselves."""
+        return self.head != "single"
+
+    @property
     def bias_rule(self) -> str:
         """How the head's bias lives: `per_task`, `frozen` after the first, or `none`."""
         op = self.graph.by_name[self.graph.head].op
@@ -203,6 +208,11 @@ class State:
             name: tensor.where(owners[f"{node}/{name}"] <= task, 0.0) if f"{node}/{name}" in owners else tensor
             for name, tensor in own.items()
         }
+
+    @property
+    def bias_is_frozen(self) -> bool:
+        """Whether the bias of a single head is what the first task has made it."""
+        return self.architecture.bias_rule == "frozen" and bool(self.heads)
 
     @cached_property
     def digest(self) -> str:
@@ -527,7 +537,7 @@ def _heads(
         head["weight"][:, graph.index(columns, before)] = parts["weight.shared"]
     if "bias" in head:
         head["bias"] = parts["bias"]
-        if state.architecture.bias_rule == "frozen" and state.heads:
+        if state.bias_is_frozen:
             head["bias"] = state.heads[0]["bias"]
     earlier = ({**each, "weight": head["weight"]} if single else each for each in state.heads)
     return (*earlier, head)

@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from operator import attrgetter
 from typing import Any
 
@@ -75,7 +75,7 @@ class Traced:
 
     def require_alike(self, module: nn.Module, example: Tensor, log_softmax: bool) -> None:
         """Nothing, if the graph computes what the module does: with its own parameters, and with random ones, because
-        zeros hide what they multiply.
+        zeros hide what they multiply; and if the module leaves them as they are, large ones too.
 
         Args:
             log_softmax: Whether the module makes logarithms of probabilities of the logits.
@@ -89,8 +89,16 @@ class Traced:
             for name, own in module.named_parameters()
             if own.ndim and own.numel()
         }
-        for others in ({}, drawn):
-            output = functional_call(module, others, (example.clone(),))
+        own = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+        large = {name: 100 * parameter for name, parameter in own.items()}
+        for others in (large, own, own | drawn):
+            given = {name: parameter.clone() for name, parameter in others.items()}
+            output = functional_call(module, given, (example.clone(),))
+            same = partial(torch.allclose, rtol=0, atol=0, equal_nan=True)
+            if changed := [name for name, each in others.items() if not same(given[name], each)]:
+                raise NetworkRefused([Refused(name, "is changed by the forward that reads it") for name in changed])
+            if others is large:  # what comes of them may be too large for numbers
+                continue
             ours = run(self.graph, {INPUT: example}, self.tensors(module, others))[self.graph.nodes[-1].name]
             ours = ours.log_softmax(1) if log_softmax else ours
             if not torch.allclose(ours, output, rtol=1e-3, atol=1e-3 * float(output.abs().max()), equal_nan=True):
@@ -160,6 +168,8 @@ def trace(module: nn.Module, input_shape: tuple[int, ...]) -> Traced:
         )
     if held := _held_in_evaluation(module):
         raise NetworkRefused([Refused(name, "stays in evaluation when its network trains") for name in held])
+    if hooked := _with_hooks(module):
+        raise NetworkRefused([Refused(name, "has hooks, which can change how it is trained") for name in hooked])
     example = torch.rand(BATCH, *input_shape, generator=torch.Generator().manual_seed(0))
     example = example.to(next((parameter.device for parameter in module.parameters()), "cpu"))
     tracer = _Tracer(example)
@@ -185,6 +195,16 @@ def _held_in_evaluation(module: nn.Module) -> list[str]:
         for parameter, wanted in before.items():
             parameter.requires_grad_(wanted)
         return [name for name, each in module.named_modules() if isinstance(each, kinds) and not each.training]
+
+
+def _with_hooks(module: nn.Module) -> list[str]:
+    """The modules that hold others, and the parameters, whose hooks no step of a trace would show."""
+    found = [
+        name or type(each).__name__
+        for name, each in module.named_modules()
+        if next(each.children(), None) is not None and (each._backward_hooks or each._backward_pre_hooks)
+    ]
+    return found + [name for name, each in module.named_parameters() if each._post_accumulate_grad_hooks]
 
 
 @contextmanager

@@ -97,7 +97,7 @@ def gpu_slot_bytes(resources: ResourcesConfig, whole: int) -> int:
 def local_cpus() -> int:
     """The CPUs of this machine that this process may use: by its affinity, and by the quota of its container."""
     here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS has none
-    return max(1, min(here, int(_limit("cpu.max", "cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"))))
+    return max(1, int(min(here, _limit("cpu.max", "cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"))))
 
 
 def _limit(newer: str, *older: str) -> float:

@@ -152,7 +152,7 @@ def estimate_memory(
         device: Its kind.
         cache_bytes: What frozen units' outputs on a split may take to be kept.
     """
-    graph, head = architecture.graph, architecture.head
+    graph = architecture.graph
     free, frozen = _free_units(architecture, active), {**active, INPUT: graph.input_shape[0]}
     parameters = sum(
         math.prod(shape)
@@ -163,7 +163,7 @@ def estimate_memory(
     samples, features = num_train + num_validation, math.prod(graph.input_shape)
     levels = 0
     for name in {graph.source(graph.by_name[layer]).name for layer in graph.layers} - {INPUT}:
-        if name != graph.source(graph.by_name[graph.head]).name or head == "multi":
+        if name != graph.source(graph.by_name[graph.head]).name or architecture.head_reads_frozen:
             levels += graph.value_size(name, frozen)
     outputs = [num * width * levels for num in (num_train, num_validation)]
     # Inputs are held in float32; what they are made from takes as much. Frozen outputs are cached beside them.
@@ -260,7 +260,7 @@ def _trained(architecture: Architecture, active: Mapping[str, int], num_classes:
     for node in graph.nodes:
         source = graph.source(node)
         rows, own = (sum(free[group] for group in each.groups) for each in (node, source))
-        reads_frozen = node.name != graph.head or architecture.head == "multi"
+        reads_frozen = node.name != graph.head or architecture.head_reads_frozen
         shared = sum(frozen.get(group, 0) for group in source.groups) if reads_frozen else 0
         yield _Layer(node, rows, shared, own, source.taps)
 

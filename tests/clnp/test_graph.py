@@ -41,6 +41,17 @@ def test_what_meets_in_a_sum_or_a_product_is_one_group() -> None:
     }
 
 
+def test_a_group_that_meets_two_others_in_one_sum_ties_all_three() -> None:
+    build = Builder((3, 4, 4))
+    one, two, twice = (build.layer(name, Conv(), INPUT, 4) for name in ("one", "two", "twice"))
+    both = build.add("both", Concat(), build.add("cat", Concat(), one, two))
+    build.add("sum", Add(), both, build.add("doubled", Concat(), twice, twice))
+    build.layer("head", Linear(), build.add("mean", MeanPositions(), "sum"), 0, head=True)
+    graph = build.build()
+    assert graph.groups == {"one": 4}
+    assert graph.by_name["sum"].groups == graph.by_name["cat"].groups == ("one", "one")
+
+
 def test_activity_is_seen_after_activations_and_a_factor_only_in_its_product() -> None:
     assert GRAPHS["residual"].observed == {
         "stem": ("stem.relu", "first.relu"),

@@ -28,7 +28,7 @@ from torch.nn import functional
 from clnp_search.clnp import pack as packs
 from clnp_search.clnp.graph import CLASSES, INPUT, Builder, Graph, Node, conv, mlp
 from clnp_search.clnp.initial import draw
-from clnp_search.clnp.ops import Activation, BatchNorm, Conv, Dropout, Flatten, Linear, MaxPool, Op
+from clnp_search.clnp.ops import Activation, Add, BatchNorm, Concat, Conv, Dropout, Flatten, Linear, MaxPool, Op
 from clnp_search.clnp.pack import L1, Pack, cross_entropy, evaluation_batch
 from clnp_search.clnp.seeds import generator
 from clnp_search.clnp.state import Architecture, FreeParameters, Parameters, State
@@ -674,6 +674,46 @@ def test_dropout_acts_on_what_is_read_of_frozen_units_whatever_stands_between(
     assert_close(dropped[~zero], 2 * evaluated[~zero])
     if unit == "channel":
         assert ((zero | (evaluated == 0)).all(2) == zero.any(2)).all()
+
+
+def test_all_that_reads_a_dropout_of_frozen_values_sees_the_same_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    build = Builder((16,))
+    dropped = build.add("drop", Dropout(0.5), INPUT)
+    last = build.add("sum", Add(), *(build.layer(name, Linear(), dropped, 4) for name in ("one", "two")))
+    build.layer("head", Linear(), last, 0, head=True)
+    pack, seen, read = make_pack(State.empty(Architecture(build.build())), 1), [], Linear.read
+
+    def watched(op: Linear, shared: Tensor | None, *others: Any) -> Tensor:
+        seen.append(shared)
+        return read(op, shared, *others)
+
+    monkeypatch.setattr(Linear, "read", watched)
+    features = pack.features(*make_samples(64, pack.graph.input_shape))
+    (levels, _), block = features.batch(torch.arange(64)), pack.blocks[0]
+    block.forward(levels, training=True, graph=pack.graph.pooled_first)
+    one, two, _ = seen
+    assert one is not None
+    assert two is not None
+    assert 0.3 < (one == 0).float().mean() < 0.7
+    assert torch.equal(one, two)
+
+
+def test_a_head_that_all_tasks_share_is_trained_on_the_samples_that_it_reads() -> None:
+    build = Builder((4,))
+    both = build.add("both", Concat(), INPUT, build.layer("hidden", Linear(), INPUT, 5))
+    build.layer("head", Linear(), both, 0, head=True)
+    state = State.empty(Architecture(build.build(), "shared"))
+    pack, training = make_training(state, [(0.0, 0.0)], [0.01], TrainingSettings(epochs=1, batch_size=10))
+    head = pack.blocks[0].tensors["head"]["weight.shared"]
+    before = head.detach().clone()
+    run_all(training)
+    assert ((head.detach() - before).abs() > 1e-4).all()
+
+
+def test_a_head_whose_bias_is_not_used_has_no_means_of_what_it_reads() -> None:
+    pack = make_pack(State.empty(Architecture(mlp(4, [5]), "single", "none")), 1)
+    features = pack.features(*make_samples(64, (4,)))
+    assert [*pack.means(features)[0]] == []
 
 
 # Features

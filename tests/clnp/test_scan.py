@@ -216,15 +216,21 @@ def test_a_scan_holds_for_few_samples_and_for_several_batches(num_samples: int) 
 
 @pytest.mark.parametrize("held_bytes", [0, 20_000, 1 << 30])
 @pytest.mark.parametrize("network", NETWORKS)
-def test_a_scan_in_parts_holds_as_many_values_as_fit(
-    network: str, held_bytes: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_scan_in_parts_holds_as_many_values_as_fit(network: str, held_bytes: int) -> None:
     slow, candidate = make_candidate(NETWORKS[network], 1, 4, exact=False)
     candidate.features.batch_size = 17
-    monkeypatch.setattr(scans, "HELD_BYTES", held_bytes)
+    candidate.held_limit = held_bytes
     for allowed in MARGINS:
         limit = slow.at([0.0] * slow.depth)[0] - allowed
         assert scan(candidate, 0, limit).theta == slow.highest(limit)
+
+
+def test_a_scan_holds_no_more_than_its_slot_has_room_for() -> None:
+    slow, whole = make_candidate(NETWORKS["residual"], 1, 4, exact=False)
+    small = Candidate(slow.state, slow.trained, slow.inputs, slow.labels, cache_bytes=1000)
+    assert (whole.held_limit, small.held_limit) == (scans.HELD_BYTES, 1000)
+    limit = slow.at([0.0] * slow.depth)[0] - 1
+    assert scan(small, 0, limit).theta == slow.highest(limit)
 
 
 @pytest.mark.parametrize("num_tasks", [0, 1])

@@ -589,8 +589,40 @@ def test_hooks_and_lazy_layers_are_refused() -> None:
     network = around(lambda net, x: net.layer(x), layer=nn.Conv2d(4, 4, 1))
     network.layer.weight.register_hook(lambda grad: grad / 100)  # type: ignore[operator, union-attr]
     assert reason(network)[0] == "layer"
+    network = around(lambda net, x: net.layer(x), layer=nn.Conv2d(4, 4, 1))
+    network.layer.weight.register_post_accumulate_grad_hook(lambda weight: None)  # type: ignore[operator, union-attr]
+    assert reason(network) == ("layer.weight", "has hooks, which can change how it is trained")
+    network = around(lambda net, x: net.block(x), block=nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU()))
+    network.block.register_full_backward_hook(lambda module, given, output: None)  # type: ignore[operator, union-attr]
+    assert reason(network) == ("block", "has hooks, which can change how it is trained")
     place, text = reason(around(lambda net, x: net.layer(x), layer=nn.LazyConv2d(4, 1)))
     assert (place, "no shape yet" in text) == ("layer", True)
+
+
+def renormed(net: Any, x: Tensor) -> Tensor:
+    net.layer.weight.data = torch.renorm(net.layer.weight.data, 2, 0, 3.0)
+    return net.layer(x)
+
+
+def clamped(net: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        net.layer.weight.clamp_(-1.0, 1.0)
+    return net.layer(x)
+
+
+@pytest.mark.parametrize("forward", [renormed, clamped])
+def test_a_forward_that_bounds_its_own_weights_is_refused_and_leaves_them(
+    forward: Callable[[Any, Tensor], Tensor],
+) -> None:
+    network = around(forward, layer=nn.Conv2d(4, 4, 1))  # whose weights are too small to be bounded yet
+    assert reason(network) == ("layer.weight", "is changed by the forward that reads it")
+
+
+def test_operands_may_be_given_by_name() -> None:
+    def forward(net: Any, x: Tensor) -> Tensor:
+        return torch.sub(other=torch.add(x, other=net.one(x)), input=x.mul(other=net.two(x)))
+
+    assert_same(around(forward, one=nn.Conv2d(4, 4, 1), two=nn.Conv2d(4, 4, 1)))
 
 
 def test_units_that_meet_the_input_or_the_classes_are_refused() -> None:

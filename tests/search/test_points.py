@@ -85,6 +85,15 @@ def test_a_key_changes_with(ingredient: str) -> None:
     assert key(**CHANGES[ingredient]) != key()
 
 
+def test_a_key_changes_with_the_weights_that_a_module_draws() -> None:
+    def drawn(digest: str, numerics: int = NUMERICS) -> str:
+        return point_key("parent", TASK, "data", digest, make_sweep(), POINT, numerics)
+
+    assert drawn("") == key()
+    assert len({drawn(""), drawn("one"), drawn("other")}) == 3
+    assert drawn("one", 6) == drawn("other", 6)  # as runs have it that were begun before
+
+
 def test_a_key_changes_with_the_codes_numerics() -> None:
     assert point_key("parent", TASK, "data", "", make_sweep(), POINT, NUMERICS) == key()
     assert point_key("parent", TASK, "data", "", make_sweep(), POINT, NUMERICS + 1) != key()

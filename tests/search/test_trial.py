@@ -112,6 +112,23 @@ def test_points_that_are_packed_apart_from_finished_ones_go_on_from_their_own_ch
     assert not list(tmp_path.rglob("packs/*"))
 
 
+def test_what_is_packed_apart_from_taken_over_points_stays_so_while_its_records_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = make_inputs(tmp_path)
+    run_all(inputs)
+    folder, (first, *rest) = RunFolder(inputs.run.folder), records(inputs)
+    parameters = folder.read_trained(0, first)
+    for record in (first, *rest):
+        folder.delete_point(0, record)
+    folder.write_point(0, replace(first, origin="elsewhere"), parameters)
+    interrupt(inputs, monkeypatch, 4)  # the other three are trained, and no record of them is written
+    folder.write_point(0, rest[0], parameters)  # but for one
+    assert list(trial.run_pack(inputs, inputs.plan.points)) == []  # no epoch is run
+    assert len(records(inputs)) == 4
+    assert not list(tmp_path.rglob("packs/*"))
+
+
 def with_pack(monkeypatch: pytest.MonkeyPatch, before: Callable[[list[tuple[float, ...]]], object]) -> None:
     """Has something done with the alphas of each pack before it is made."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import zipfile
 import zlib
@@ -134,6 +135,30 @@ def test_other_modes_are_read_as_grey_or_colour(tmp_path: Path) -> None:
     for position in (6, 7):
         assert np.array_equal(raw.train_inputs[position], colours.transpose(2, 0, 1))
     assert set(raw.train_inputs[5].flat) <= {0, 255}
+
+
+@BOTH
+@pytest.mark.parametrize("orientation", [1, 3, 5, 6, 8])
+def test_a_tiff_is_turned_as_it_says_wherever_it_lies(tmp_path: Path, arrange: Arrange, orientation: int) -> None:
+    grey = Image.fromarray(np.arange(12, dtype=np.uint8).reshape(3, 4))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for split in ("train", "test"):
+        for kind in ("tif", "png"):
+            place = tmp_path / "data" / split / kind
+            place.mkdir(parents=True)
+            grey.save(place / f"0.{kind}", exif=exif)
+    of_png, of_tiff = load_class_folders(arrange(tmp_path / "data")).train_inputs
+    assert (of_png == of_tiff).all()
+
+
+def test_a_class_whose_name_cannot_be_printed_is_refused(tmp_path: Path) -> None:
+    root = write_folders(tmp_path / "data", "ab")
+    for split in ("train", "test"):
+        os.rename(os.fsencode(root / split / "b"), os.fsencode(root / split) + b"/caf\xe9")
+    found = faults(root)
+    assert found
+    assert all(line.endswith("a class whose name cannot be printed") for line in found)
 
 
 @BOTH

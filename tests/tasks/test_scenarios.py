@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 from clnp_search.errors import InputError
 from clnp_search.tasks import SCENARIOS, RawData, Scenario, Task, TaskData, Wanted, kind_of
 from clnp_search.tasks.scenarios import Split
+from clnp_search.tasks.torchvision_sets import train_and_test
 
 SPLIT = tuple(Task(index, f"classes-{index}", (2 * index, 2 * index + 1)) for index in range(5))
 PERMUTED = tuple(Task(index, f"permutation-{index}", permuted=True) for index in range(5))
@@ -284,3 +286,14 @@ def test_another_name_is_of_no_kind(name: str) -> None:
 @pytest.mark.parametrize("name", ["torchvision:FashionMNIST", "a:b", "a.b_1:c.d"])
 def test_torchvisions_data_sets_and_import_paths_are_kinds(name: str) -> None:
     assert kind_of(name) is not None
+
+
+def test_a_class_that_a_task_has_twice_under_two_names_is_refused() -> None:
+    wanted = Wanted("torchvision:some", 1, Path(), (("cat", "0"),))
+    with pytest.raises(InputError, match=r"scenario.classes\[0\]: cat more than once"):
+        wanted.shares(("cat", "dog"), {"0": 0, "1": 1, "cat": 0, "dog": 1})
+
+
+def test_a_part_of_qmnist_is_not_chosen_by_hand(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"scenario\.arguments: what: both parts of QMNIST are read"):
+        train_and_test("QMNIST", tmp_path, {"what": "test10k"})
