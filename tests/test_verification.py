@@ -6,9 +6,10 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
-from in_process import SWEEP, make, run_in_process
+from in_process import SWEEP, InProcess, make, run_in_process
 
 from clnp_search.errors import InputError
 from clnp_search.records import TaskResult, summarise
@@ -48,6 +49,26 @@ def test_a_run_whose_biases_make_up_for_what_is_pruned_passes(whole: RunFolder, 
     assert kept is not None
     assert folder.read_trained(0, kept).means.keys() == {"hidden1", "head"}
     assert summary.state_digest != whole.read_results()[-1].state_digest
+
+
+def test_a_run_that_failed_after_a_group_was_widened_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"network": {"hidden": [8, 1]}, "search": {"alpha": [0.0], "learning_rate": 0.01}}
+    sweep = make(**sizes, forgetting={"margin": "0%"}, capacity={"on_depletion": "expand"})
+    share = InProcess.share
+
+    def out_of_space(self: InProcess, inputs: Any) -> Any:
+        if isinstance(inputs, tuple) and inputs[0].task == 1:
+            raise OSError("no space is left")
+        return share(self, inputs)
+
+    monkeypatch.setattr(InProcess, "share", out_of_space)
+    folder = run_folder(str(tmp_path), "run")
+    with pytest.raises(OSError, match="no space"):
+        run_in_process(sweep, folder)
+    summary = folder.read_summary()
+    assert summary is not None
+    assert (summary.status, summary.tasks[0].units["hidden1"].free) == ("failed", 0)
+    assert failed(folder) == []
 
 
 def test_verify_changes_no_file(whole: RunFolder) -> None:

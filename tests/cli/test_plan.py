@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
-from builders import make_sweep, write_run
+from builders import fill_group, make_sweep, write_run
 from command_line import Cli
 
+from clnp_search import planning
 from clnp_search.config import Sweep
 from clnp_search.storage import RunFolder
 
@@ -91,6 +94,34 @@ def test_a_task_that_took_its_trials_longer_than_its_last_session_sets_the_pace_
     plan = cli.json("plan", "sweep.yaml", "--set", f"resources.cpu={all_cores}")
     seconds = 1000 * len(folder.read_points(0)) + sum(scan.seconds for scan in folder.read_scans(0))
     assert plan["seconds_from"] == f"at the pace of task 0, which took {seconds:.0f} s"
+
+
+def test_a_pace_without_operations_is_of_steps_alone() -> None:
+    idle, busy = (SimpleNamespace(step_flop=flop) for flop in (0, 100))
+    assert planning._pace(idle, 0.5, 2.0, "") == planning.Pace(math.inf, 0.5, 2.0, "")  # type: ignore[arg-type]
+    assert planning._pace(busy, 0.5, 2.0, "") == planning.Pace(200.0, 0.0, 2.0, "")  # type: ignore[arg-type]
+
+
+def test_a_network_without_a_free_unit_is_planned_on_or_ends(cli: Cli) -> None:
+    fill = {
+        "network": {"hidden": [2, 2]},
+        "head": {"kind": "single"},
+        "scenario": {"name": "permuted_digits", "tasks": 3},
+    }
+    sweep = begun(cli, 1, **fill)
+    folder = RunFolder(str(cli.folder / "runs" / "sweep"))
+    (first,), state = folder.read_results(), folder.read_state(0)
+    for group in state.graph.groups:
+        state = fill_group(state, group)
+    units = {name: replace(each, active=each.total, new=each.total, free=0) for name, each in first.units.items()}
+    digest = folder.write_state(0, state)
+    folder.write_result(replace(first, units=units, state_sha256=digest, state_digest=state.digest))
+    plan = cli.json("plan", "sweep.yaml")
+    assert plan["seconds_from"].startswith("at the pace of task 0")
+    assert len(plan["seconds_per_task"]) == 2
+    (cli.folder / "sweep.yaml").write_text(sweep.to_yaml())
+    stopped = cli.json("plan", "sweep.yaml", "--set", "capacity.on_depletion=stop", "--name", "sweep")
+    assert (stopped["tasks_done"], stopped["seconds_per_task"]) == (1, [])
 
 
 def test_a_finished_run_has_nothing_left(cli: Cli) -> None:

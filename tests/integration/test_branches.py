@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from command_line import Cli, descendants, wait_until
 from mlflow import MlflowClient
+from servers import free_port
 
 from clnp_search.branching import points_taken_over
 from clnp_search.storage import RunFolder
@@ -31,6 +32,13 @@ def test_a_fork_shares_a_task_and_trains_only_what_is_new(cli: Cli, finished: Pa
     with (finished.parent / "forked" / "tasks" / "001" / "points.csv").open() as stream:
         assert len(list(csv.DictReader(stream))) == 4
     assert "already" in cli("fork", "undisturbed", "--after-task", "0", "--name", "forked", status=2).stderr
+
+
+def test_a_fork_that_is_refused_can_be_given_again(cli: Cli, finished: Path) -> None:
+    fork = ("fork", "undisturbed", "--after-task", "0", "--name", "put-right", "--set", "tracking.uri=none")
+    for _ in range(2):
+        assert "no Ray cluster can be reached" in cli(*fork, "--address", f"127.0.0.1:{free_port()}", status=2).stderr
+    assert not (finished.parent / "put-right" / "sweep.yaml").exists()
 
 
 def test_several_margins_train_the_first_grid_once(cli: Cli) -> None:

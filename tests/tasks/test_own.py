@@ -81,6 +81,9 @@ def tasks(num=3, width=6):
 
 def broken():
     raise LookupError("no camera")
+
+def ends():
+    raise SystemExit(0)
 """
 
 
@@ -191,6 +194,8 @@ def test_arrays_and_tensors_of_images_and_of_flat_samples_are_taken(kind: str, s
         (MODULE, "task", "has no 'task'; did you mean 'tasks'?"),
         (MODULE, "broken", r"calling it raised LookupError: no camera \(.*own_\d+.py, line 21\)"),
         (MODULE, "np.zeros", "calling it raised TypeError"),
+        (MODULE, "ends", "calling it raised SystemExit: 0"),
+        ("import sys; sys.exit()", "tasks", "importing own_.* raised SystemExit"),
         ("import nowhere_to_be_found", "tasks", "needs 'nowhere_to_be_found', which is not there"),
         ("1 / 0", "tasks", r"raised ZeroDivisionError: division by zero \(.*own_\d+.py, line 1\)"),
         ("def tasks(:", "tasks", "raised SyntaxError"),
