@@ -37,13 +37,12 @@ def check_sweep(folder: RunFolder, sweep: Sweep) -> None:
             _check_settings(folder, plan, sweep_at(folder, sweep, plan))
 
 
-def check_plan(folder: RunFolder, plan: TaskPlan, sweep: Sweep, parent: str, data: str, drawn: str, task: Task) -> None:
+def check_plan(folder: RunFolder, plan: TaskPlan, sweep: Sweep, parent: str, data: str, task: Task) -> None:
     """Holds a task's plan against all that should have decided it.
 
     Args:
         parent: Digest of the state before the task.
         data: Digest of the data set.
-        drawn: Digest of a user's module's initial weights.
 
     Raises:
         InputError: Something is not as it was when the task was planned; says what.
@@ -58,10 +57,10 @@ def check_plan(folder: RunFolder, plan: TaskPlan, sweep: Sweep, parent: str, dat
             else f"{folder.uri}: the run was begun with another network than its sweep gives now: the module, or a "
             "library that it is made of, has changed"
         )
-    keys = tuple(point_key(parent, task, data, drawn, sweep, point, plan.numerics) for point in plan.points)
+    of_task = parent, task, data, plan.drawn_digest
+    keys = tuple(point_key(*of_task, sweep, point, plan.numerics) for point in plan.points)
     if plan.keys != keys:
-        changed = "its plan, or the weights that the module's constructor draws," if drawn else "its plan"
-        raise InputError(f"{where}: the keys of its points are not those of its settings; {changed} was changed")
+        raise InputError(f"{where}: the keys of its points are not those of its settings; its plan was changed")
 
 
 def check_data(folder: RunFolder, plan: TaskPlan, data: str) -> None:

@@ -173,7 +173,7 @@ def fork(origin: RunFolder, sweep: Sweep, after_task: int, folder: RunFolder) ->
 
 
 def points_taken_over(folder: RunFolder) -> tuple[int, int]:
-    """Points of a fork's own tasks that were taken over from its origin, and that were trained."""
+    """Points of a fork's own tasks that were taken over from runs before it, and that were trained."""
     branch = folder.read_fork()
     first = 0 if branch is None else branch.after_task + 1
     taken = trained = 0

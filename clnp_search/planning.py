@@ -180,7 +180,7 @@ class _Workload:
             raise InputError("--measure: trains here, where there is no GPU that can be used, and resources.gpu asks")
         if needed > present:
             raise InputError(f"--measure: a trial needs {needed >> 20} MiB, and {present >> 20} MiB are present")
-        sequence, index, _sweep = self._sequence, self.index, self._sequence.sweep
+        sequence, index = self._sequence, self.index
         state = sequence.empty_state() if index == 0 else sequence.start_of(index, self._folder.read_state(index - 1))
         name, keys, cache = sequence.task(index).name, ("",) * len(self.points), cache_share(present)
         plan = TaskPlan(

@@ -74,6 +74,7 @@ class TaskPlan:
         settings: The sweep's settings that decide the task's results and choice (`Sweep.settings`).
         data_digest: SHA-256 of the task's data.
         numerics: The `NUMERICS` of the code that the points are trained with.
+        drawn_digest: Of the initial weights of a user's module; empty for networks of ours.
         num_tasks: Of the sequence, as it was planned then.
         started: When that was, in seconds since 1970; 0 if it was not recorded.
         cache_bytes: What a trial may take to keep the frozen units' outputs; plans once left it to the code.
@@ -91,6 +92,7 @@ class TaskPlan:
     settings: dict[str, Any] = field(default_factory=dict)
     data_digest: str = ""
     numerics: int = 0
+    drawn_digest: str = ""
     num_tasks: int = 0
     started: float = 0.0
     cache_bytes: int = 4 << 30

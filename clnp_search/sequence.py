@@ -114,16 +114,20 @@ class TaskSequence:
         for index in range(len(self)):
             self.data(index)
 
-    def key(self, state: State, index: int, point: Point) -> str:
-        """The hash of all that a point's result depends on, besides the machine."""
-        digests = state.digest, self.task(index), self.data_digest(index), self.drawn_digest
-        return point_key(*digests, self.sweep, point)
+    def key(self, plan: TaskPlan, point: Point) -> str:
+        """The hash of all that the result of a task's point depends on, besides the machine."""
+        of_task = plan.parent_digest, self.task(plan.task), plan.data_digest, plan.drawn_digest
+        return point_key(*of_task, self.sweep, point)
 
     def sizes(self, index: int) -> tuple[int, int]:
         """How many samples a task is trained on, and validated on: its own, or those of all tasks so far."""
         first = 0 if self.sweep.method == "joint" else index
-        train, validation = zip(*(self.scenario.sizes(each) for each in range(first, index + 1)), strict=True)
+        train, validation = zip(*self._own_sizes[first : index + 1], strict=True)
         return sum(train), sum(validation)
+
+    @cached_property
+    def _own_sizes(self) -> list[tuple[int, int]]:
+        return [self.scenario.sizes(index) for index in range(len(self))]
 
     def data_digest(self, index: int) -> str:
         """SHA-256 of the samples and splits of the task at `index`, and of how its network sees them; of all tasks so
@@ -146,8 +150,7 @@ class TaskSequence:
         """
         plan = folder.read_plan(index) if index < len(self) else None
         if plan is not None:
-            digests = parent_digest, self.data_digest(index), self.drawn_digest
-            check_plan(folder, plan, self.sweep, *digests, self.task(index))
+            check_plan(folder, plan, self.sweep, parent_digest, self.data_digest(index), self.task(index))
         return plan
 
     @cached_property
@@ -487,6 +490,7 @@ class Runner:
             settings=self._sweep.settings,
             data_digest=self._sequence.data_digest(index),
             numerics=NUMERICS,
+            drawn_digest=self._sequence.drawn_digest,
             num_tasks=len(self._sequence),
             started=time.time(),
             cache_bytes=cache_share(self._cluster.slot_bytes),
@@ -495,7 +499,7 @@ class Runner:
 
     def _extended(self, plan: TaskPlan, points: tuple[Point, ...], state: State) -> TaskPlan:
         """A task's plan with more points; written down before any of them is trained."""
-        keys = tuple(self._sequence.key(state, plan.task, point) for point in points)
+        keys = tuple(self._sequence.key(plan, point) for point in points)
         packs = self._packs(points, plan.task, state.architecture, active_units(state))
         plan = replace(plan, points=plan.points + points, keys=plan.keys + keys, packs=plan.packs + packs)
         self._take_over(plan)
@@ -505,13 +509,13 @@ class Runner:
     def _take_over(self, plan: TaskPlan) -> None:
         """Of a fork, what its origin has of these points, and the origin of that one, and so on."""
         folder, seen = self._folder, {self._folder.uri}
-        try:
-            while (fork := folder.read_fork()) and fork.origin not in seen:
-                seen.add(fork.origin)
+        while (fork := folder.read_fork()) and fork.origin not in seen:
+            seen.add(fork.origin)
+            try:
                 folder = RunFolder(fork.origin)
                 take_over(self._folder, folder, plan)
-        except (InputError, OSError, RuntimeError) as error:
-            logger.warning("task %d: no further point can be taken over: %s", plan.task, error)
+            except (InputError, OSError, RuntimeError) as error:
+                logger.warning("task %d: no further point of %s is taken over: %s", plan.task, fork.origin, error)
 
     def _search(
         self, plan: TaskPlan, inputs: ObjectRef, state: State
@@ -588,6 +592,12 @@ class Runner:
                 plan.task,
                 then.device,
                 then.threads,
+            )
+        if plan.drawn_digest and plan.drawn_digest != self._sequence.drawn_digest:
+            logger.warning(
+                "task %d: the module's constructor draws other weights than when the task was begun, because it has "
+                "changed or by the rounding of another machine",
+                plan.task,
             )
         if then != kept:
             logger.warning("task %d was begun as %s and goes on as %s", plan.task, then, kept)

@@ -399,9 +399,11 @@ def make_inputs(
     sequence = TaskSequence(sweep)
     state = sequence.empty_state()
     points = first_points(sweep, 0, None, state.graph.layers)
-    keys = tuple(sequence.key(state, 0, point) for point in points)
     environment = Environment("cpu", 1, "float32", torch.__version__, "test")
-    plan = TaskPlan(0, "first", state.digest, points, keys, pack_points(points, len(points)), environment)
+    plan = TaskPlan(
+        0, "first", state.digest, points, ("",) * len(points), pack_points(points, len(points)), environment
+    )
+    plan = replace(plan, keys=tuple(sequence.key(plan, point) for point in points))
     run = RunInputs(
         folder=str(folder),
         scenario=sequence.scenario,

@@ -17,6 +17,7 @@ from clnp_search.errors import InputError
 from clnp_search.records import PointRecord
 from clnp_search.report.figures import scans_of
 from clnp_search.search import trial
+from clnp_search.sequence import TaskSequence
 from clnp_search.storage import RunFolder, run_folder
 from clnp_search.verification import verify
 
@@ -318,6 +319,12 @@ def test_a_point_whose_module_draws_other_weights_is_not_taken_over(tmp_path: Pa
         fork(new, with_gain(gain), -1, other)
         run_in_process(with_gain(gain), other)
         assert points_taken_over(other) == expected
+    # As the rounding of another machine could have it: what is committed stays, and is proven all the same.
+    (tmp_path / "drawing_network.py").write_text(MODULE.replace("gain / 8", "gain / 7"))
+    plan = new.read_plan(0)
+    assert plan is not None
+    assert TaskSequence(with_gain(1.0)).drawn_digest != plan.drawn_digest
+    assert all(check.passed for check in verify(new))
 
 
 def test_a_fork_of_a_fork_takes_over_what_the_first_run_has(copy: RunFolder, new: RunFolder) -> None:

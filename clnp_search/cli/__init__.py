@@ -243,19 +243,23 @@ def fork(
     if address == "local":
         local_capacity(sweep.resources)  # raises before anything is written
     folder = run_folder(origin.storage, name)
+    is_new = not folder.exists("fork.json") and not folder.has(0)
     begin(origin, sweep, after_task, folder)
     try:
         summary = drive(sweep, folder, address)
     except InputError:
-        if not folder.has(after_task + 1):
-            folder.delete("sweep.yaml")  # what is refused is no run: the same command can be given again, put right
+        if is_new and not folder.has(after_task + 1):
+            folder.delete_folder("")  # what is refused is no run: the command can be given again, put right
         raise
     taken, trained = points_taken_over(folder)
     if as_json:
         print_json(asdict(summary) | {"points_taken_over": taken, "points_trained": trained})
         return
     _report(summary, folder, sweep)
-    out.print(f"{count(taken, 'point')} taken over from {origin.name}, {trained} trained", highlight=False)
+    out.print(
+        f"{count(taken, 'point')} taken over from {origin.name} or where it branched off, {trained} trained",
+        highlight=False,
+    )
 
 
 def submit(

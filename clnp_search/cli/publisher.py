@@ -92,11 +92,7 @@ class Publisher(Listener):
 
     def _publish(self) -> None:
         self._busy, faults = True, []
-        for step, what in (
-            (self._read, "figures and MLflow are"),
-            (self._draw, "figures are"),
-            (self._log, "MLflow is"),
-        ):
+        for step, what in ((self._read, "what is shown is"), (self._draw, "figures are"), (self._log, "MLflow is")):
             try:
                 step()
             except Exception as error:  # whatever it is, the search goes on and the run folder keeps the records
@@ -106,6 +102,7 @@ class Publisher(Listener):
         self._busy = False
 
     def _read(self) -> None:
+        self._summary = None  # of which nothing is shown if it cannot be read
         self._summary = self._folder.read_summary()
 
     def _draw(self) -> None:

@@ -83,7 +83,8 @@ def local_capacity(resources: ResourcesConfig) -> Capacity:
     """
     gpus, visible = len(list(Path("/dev").glob("nvidia[0-9]*"))), os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        gpus = min(gpus, sum(each.strip() not in ("", "-1") for each in visible.split(",")))
+        named = sum(each.strip() not in ("", "-1") for each in visible.split(","))
+        gpus = min(gpus, named) if gpus else named  # of some machines no device files say which there are
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     total = min(whole, _limit("memory.max", "memory/memory.limit_in_bytes"))
     return capacity_of(resources, [Node(local_cpus(), gpus, int(total * LOCAL_SHARE))])

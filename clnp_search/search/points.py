@@ -61,7 +61,7 @@ def point_key(
     }
     if sweep.method != "clnp":
         parts["method"] = sweep.method
-    if drawn_digest and numerics > 6:  # before, the state's graph alone spoke for a module
+    if drawn_digest:
         parts["drawn"] = drawn_digest
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

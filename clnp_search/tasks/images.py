@@ -234,18 +234,20 @@ def _class_folders(root: Path, faults: list[str]) -> Folders:
     else:
         raise InputError(f"scenario.root: {root} is neither a folder nor a zip; it holds train/CLASS/ and test/CLASS/")
     found: Folders = {split: {} for split in SPLITS}
+    unprintable: dict[str, None] = {}
     for name, open_file in sorted(entries, key=lambda entry: entry[0].split("/")):
         split, *inner = name.rstrip("/").split("/")
         if split not in SPLITS or not inner or any(part.startswith(".") for part in inner):
             continue
         if UNWRITABLE.search(inner[0]):
-            faults.append(f"{str(root / split / inner[0])!a}: a class whose name cannot be printed")
+            unprintable[str(root / split / inner[0])] = None
         elif name.endswith("/") and len(inner) == 1:
             found[split].setdefault(inner[0], [])
         elif not name.endswith("/") and len(inner) == 2:
             found[split].setdefault(inner[0], []).append((name, open_file))
         else:
             faults.append(f"{root / name}: out of place; images lie in {split}/CLASS/, and nothing else does")
+    faults.extend(f"{place!a}: a class whose name cannot be printed" for place in unprintable)
     return found
 
 

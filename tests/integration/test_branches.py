@@ -38,7 +38,7 @@ def test_a_fork_that_is_refused_can_be_given_again(cli: Cli, finished: Path) -> 
     fork = ("fork", "undisturbed", "--after-task", "0", "--name", "put-right", "--set", "tracking.uri=none")
     for _ in range(2):
         assert "no Ray cluster can be reached" in cli(*fork, "--address", f"127.0.0.1:{free_port()}", status=2).stderr
-    assert not (finished.parent / "put-right" / "sweep.yaml").exists()
+    assert not (finished.parent / "put-right").exists()
 
 
 def test_several_margins_train_the_first_grid_once(cli: Cli) -> None:

@@ -504,7 +504,7 @@ def test_a_store_that_is_away_when_the_summary_is_read_stops_no_search(
     with monkeypatch.context() as patch, Publisher(finished, sweep) as publisher:
         patch.setattr(finished, "read_summary", away)
         publisher.points_finished([])
-    assert publisher.state() == "figures and MLflow are behind: OSError: the store is away"
+    assert publisher.state() == "what is shown is behind: OSError: the store is away"
     with Publisher(finished, sweep) as publisher:
         publisher.points_finished([])
     assert publisher.state() == "MLflow is up to date"

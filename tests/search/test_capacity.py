@@ -82,7 +82,8 @@ def test_a_container_has_the_memory_of_its_limit(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize("visible", ["", "-1", "0,1"])
-def test_gpus_that_are_named_but_not_there_are_none(visible: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_are_those_that_are_named_of_those_that_are_there(visible: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     there = len(list(Path("/dev").glob("nvidia[0-9]*")))
-    assert capacity.local_capacity(ResourcesConfig()).gpus == min(there, 2 if visible == "0,1" else 0)
+    named = 2 if visible == "0,1" else 0
+    assert capacity.local_capacity(ResourcesConfig()).gpus == (min(there, named) if there else named)
