@@ -508,14 +508,16 @@ class Runner:
 
     def _take_over(self, plan: TaskPlan) -> None:
         """Of a fork, what its origin has of these points, and the origin of that one, and so on."""
-        folder, seen = self._folder, {self._folder.uri}
-        while (fork := folder.read_fork()) and fork.origin not in seen:
-            seen.add(fork.origin)
+        fork, seen = self._folder.read_fork(), {self._folder.uri}
+        while fork is not None and fork.origin not in seen:
+            uri = fork.origin
+            seen.add(uri)
             try:
-                folder = RunFolder(fork.origin)
-                take_over(self._folder, folder, plan)
+                origin = RunFolder(uri)
+                fork = origin.read_fork()
+                take_over(self._folder, origin, plan)
             except (InputError, OSError, RuntimeError) as error:
-                logger.warning("task %d: no further point of %s is taken over: %s", plan.task, fork.origin, error)
+                logger.warning("task %d: no further point of %s is taken over: %s", plan.task, uri, error)
 
     def _search(
         self, plan: TaskPlan, inputs: ObjectRef, state: State

@@ -320,7 +320,7 @@ def test_a_point_whose_module_draws_other_weights_is_not_taken_over(tmp_path: Pa
         run_in_process(with_gain(gain), other)
         assert points_taken_over(other) == expected
     # As the rounding of another machine could have it: what is committed stays, and is proven all the same.
-    (tmp_path / "drawing_network.py").write_text(MODULE.replace("gain / 8", "gain / 7"))
+    (tmp_path / "drawing_network.py").write_text(MODULE.replace("gain / 8", "gain / 8.5"))
     plan = new.read_plan(0)
     assert plan is not None
     assert TaskSequence(with_gain(1.0)).drawn_digest != plan.drawn_digest
@@ -337,3 +337,9 @@ def test_a_fork_of_a_fork_takes_over_what_the_first_run_has(copy: RunFolder, new
     run_in_process(both, newest)
     assert points_taken_over(newest) == (3, 0)
     assert {record.origin for record in newest.read_points(1)} == {copy.uri, new.uri}
+    # Where nothing of the run between can be read, what the first one has is taken over all the same.
+    new.write("tasks/001/points/p000.json", b"damaged")
+    again = run_folder(copy.storage, "again")
+    fork(new, both, 0, again)
+    run_in_process(both, again)
+    assert points_taken_over(again) == (2, 1)

@@ -243,7 +243,7 @@ def fork(
     if address == "local":
         local_capacity(sweep.resources)  # raises before anything is written
     folder = run_folder(origin.storage, name)
-    is_new = not folder.exists("fork.json") and not folder.has(0)
+    is_new = not folder.exists()
     begin(origin, sweep, after_task, folder)
     try:
         summary = drive(sweep, folder, address)
