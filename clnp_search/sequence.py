@@ -590,7 +590,7 @@ class Runner:
             )
         if (kept := replace(here, device=then.device, threads=then.threads)) != here:
             logger.warning(
-                "task %d goes on as it was planned, on %s with %d thread(s) a trial; later tasks are as resources says",
+                "task %d goes on as it was planned, on %s with %d thread(s) a trial; later tasks go by resources",
                 plan.task,
                 then.device,
                 then.threads,

@@ -108,14 +108,11 @@ def _grid_faults(sweep: Sweep) -> Iterator[str]:
     misfits = [fault for index, each in enumerate(alphas) for fault in alpha_faults(index, each, layers) if layers]
     yield from misfits
     known = layers and not misfits and not misused and sweep.search.algorithm == "grid"
-    grids: dict[str, list[Any]] = {
-        # Of patterns the order counts.
-        "alpha": [
-            sweep.layer_alphas(each, layers) if known else tuple(each.items()) if isinstance(each, dict) else each
-            for each in alphas
-        ],
-        "learning_rate": [*sweep.search.learning_rate],
-    }
+    if known:
+        written: list[Any] = [sweep.layer_alphas(each, layers) for each in alphas]
+    else:  # of patterns the order counts
+        written = [tuple(each.items()) if isinstance(each, dict) else each for each in alphas]
+    grids: dict[str, list[Any]] = {"alpha": written, "learning_rate": [*sweep.search.learning_rate]}
     for key, values in grids.items():
         for index, value in enumerate(values):
             if (first := values.index(value)) < index:
